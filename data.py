@@ -1,0 +1,342 @@
+"""Where (caption, picture) pairs come from.
+
+    shapes     scenes of coloured shapes, drawn on the fly from a seed; captions in plain English
+    a folder   pictures with captions: metadata.jsonl (file_name, text) or a .txt beside each picture
+
+Every source answers `example(index, draws)` with one caption and `draws` pictures of it, uint8 (draws, size, size, 3).
+The answer depends on the seed and the index alone, so a resumed run sees what it would have seen.
+"""
+
+import hashlib
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the vocabulary of the shapes
+
+SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "ring", "cross")
+CANONICAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")  # GenEval's
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # (x, y) of A as seen from B; y down
+COUNT_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
+BACKGROUND = (128, 128, 128)  # the grey at equal distance from all corners of the RGB cube, and 0 to the network
+
+_FIRST_WORD = re.compile(  # CSS writes "lightgoldenrodyellow"; a caption says "light goldenrod yellow"
+    "(alice|antique|blanched|cadet|cornflower|dark|deep|dodger|floral|forest|ghost|indian|lawn|lemon|light|medium|midnight"
+    "|mint|misty|navajo|pale|papaya|peach|powder|rebecca|rosy|royal|saddle|sandy|slate|spring|steel|goldenrod(?=y)|sea(?=g)"
+    "|sky|dim(?=g)|hot(?=p)|old(?=lace)|lavender(?=b)|lime(?=g)|olive(?=[dg])|orange(?=r)|violet(?=r)|white(?=s)|yellow(?=g)"
+    "|green(?=y)|blue(?=v))"
+)
+
+
+def _css_colors(min_distance: float = 70) -> dict[str, tuple[int, int, int]]:
+    """The CSS colour names of Pillow, in words, without those that would vanish on the background (RGB distance)."""
+    colors = {_FIRST_WORD.sub(r"\1 ", name): ImageColor.getrgb(name) for name in sorted(ImageColor.colormap)}
+    return {name: rgb for name, rgb in colors.items() if np.linalg.norm(np.subtract(rgb, BACKGROUND)) >= min_distance}
+
+
+COLORS = _css_colors()
+COLOR_NAMES = tuple(COLORS)
+
+
+def canonical_triple(a: str, relation: str, b: str) -> tuple[str, str, str]:
+    """"b right of a" is the same picture as "a left of b": only "left of" and "above" are left over."""
+    return {"right of": (b, "left of", a), "below": (b, "above", a)}.get(relation, (a, relation, b))
+
+
+def _hashed_tenth(items: set) -> set:
+    """One in ten, fixed for ever: the first tenth in the order of a hash, so that no seed changes it."""
+    return set(sorted(items, key=lambda item: hashlib.sha256(repr(item).encode()).digest())[: len(items) // 10])
+
+
+# Never in a training caption: a tenth of the pairs (names of one and the same RGB fall together) and of the triples.
+_PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
+_TRIPLES = [(a, relation, b) for a in SHAPES for relation in RELATIONS for b in SHAPES]
+_held_out_rgb = _hashed_tenth({(COLORS[color], shape) for color, shape in _PAIRS})
+_held_out_triples = _hashed_tenth({canonical_triple(*triple) for triple in _TRIPLES})
+HELD_OUT_PAIRS = frozenset(pair for pair in _PAIRS if (COLORS[pair[0]], pair[1]) in _held_out_rgb)
+HELD_OUT_TRIPLES = frozenset(triple for triple in _TRIPLES if canonical_triple(*triple) in _held_out_triples)
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` things alike: "three small teal stars". color and size are None where the caption leaves them open."""
+
+    count: int
+    color: str | None
+    shape: str
+    size: str | None = None  # "small" or "large"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption asks for: one or two groups, and where the first stands as seen from the second, if it says so."""
+
+    groups: tuple[Group, ...]
+    relation: str | None = None  # a key of RELATIONS
+
+    def is_held_out(self) -> bool:
+        pair = any((g.color, g.shape) in HELD_OUT_PAIRS for g in self.groups)
+        return pair or (self.relation and (self.groups[0].shape, self.relation, self.groups[1].shape) in HELD_OUT_TRIPLES)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn thing. x, y (the centre) and radius in units of the picture's side, y downward."""
+
+    shape: str
+    rgb: tuple[int, int, int]
+    x: float
+    y: float
+    radius: float
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scene -> caption
+
+
+def _plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def _article(words: str) -> str:
+    return ("an " if words[0] in "aeio" else "a ") + words  # no colour or shape here begins with a spoken "you"
+
+
+def _phrase(group: Group, rng: np.random.Generator, article: str = "a") -> str:
+    """"a red circle", "the small red circle", "three red circles", "2 circles"."""
+    noun = group.shape if group.count == 1 else _plural(group.shape)
+    words = " ".join(filter(None, (group.size, group.color, noun)))
+    if group.count > 1:
+        return f"{COUNT_WORDS[group.count] if rng.random() < 0.8 else group.count} {words}"
+    return {"a": _article(words), "the": f"the {words}", "one": f"one {words}", "": words}[article]
+
+
+_PREFIXES = ("a photo of ", "a picture of ", "an image of ", "a drawing of ", "a painting of ", "draw ", "show me ",
+             "this is ", "a simple picture with ", "i see ", "here is ", "please draw ")  # fmt: skip
+_ONE_FORMS = ("{s} {n} that is {c}", "{s} {n} colored {c}", "{s} {n} in {c}", "{s} {n} of {c} color", "{s} {c} colored {n}",
+              "{s} {c}-colored {n}", "the {n} is {c}", "the color of the {n} is {c}", "{n}, {c}", "{s} {n} painted {c}")  # fmt: skip
+_AND_FORMS = ("{a} and {b}", "{a} and {b}", "{a} with {b}", "{a} next to {b}", "{a} beside {b}", "{a}, {b}", "both {a} and {b}",
+              "{a} together with {b}", "{a} near {b}")  # fmt: skip
+_RELATION_WORDS = {
+    "left of": ("left of", "left of", "to the left of", "on the left of", "on the left side of"),
+    "right of": ("right of", "right of", "to the right of", "on the right of", "on the right side of"),
+    "above": ("above", "above", "above", "over", "higher than"),
+    "below": ("below", "below", "below", "under", "beneath", "underneath"),
+}
+
+
+def _one_object(group: Group, rng: np.random.Generator, bare: bool) -> str:
+    if group.color is None or rng.random() < 0.6:
+        return _phrase(group, rng, str(rng.choice(["a", "a", "a", "the", "one", "" if bare else "a"])))
+    form = str(rng.choice(_ONE_FORMS))
+    article = str(rng.choice(["a", "the", "one"]))
+    subject = "{size}" + form.removeprefix("{s} ") if form.startswith("{s}") else form.replace("the {n}", "the {size}{n}")
+    words = subject.format(size=f"{group.size} " if group.size else "", n=group.shape, c=group.color)
+    if not form.startswith("{s}"):
+        return words
+    return _article(words) if article == "a" else f"{article} {words}"
+
+
+def write_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One of many plain English captions of a scene."""
+    prefix = str(rng.choice(_PREFIXES)) if rng.random() < 0.4 else ""
+    if len(scene.groups) == 1:
+        group = scene.groups[0]
+        if group.count > 1:
+            return (prefix or str(rng.choice(["", "", "there are "]))) + _phrase(group, rng)
+        prefix = prefix or str(rng.choice(["", "", "", "there is "]))
+        return prefix + _one_object(group, rng, bare=not prefix)
+    article = str(rng.choice(["a", "a", "a", "the", "one"]))
+    a, b = (_phrase(group, rng, article) for group in scene.groups)
+    if scene.relation is None:
+        return prefix + str(rng.choice(_AND_FORMS)).format(a=a, b=b)
+    words = str(rng.choice(_RELATION_WORDS[scene.relation]))
+    turn = rng.random()
+    if turn < 0.6:
+        return f"{prefix}{a} {words} {b}"
+    if turn < 0.85 or words == "higher than":
+        return f"{a} {rng.choice(['is', 'stands', 'sits'])} {words} {b}"
+    return f"{words} {b} {rng.choice(['is', 'there is', 'you see'])} {a}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scene -> picture
+
+_OUTLINES = {  # corners in units of the radius, y downward
+    "square": np.array([(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)]),
+    "triangle": np.array([(0, -0.95), (1, 0.8), (-1, 0.8)]),
+    "diamond": np.array([(0, -1.08), (0.76, 0), (0, 1.08), (-0.76, 0)]),
+    "cross": np.array([(-0.34, -1), (0.34, -1), (0.34, -0.34), (1, -0.34), (1, 0.34), (0.34, 0.34),
+                       (0.34, 1), (-0.34, 1), (-0.34, 0.34), (-1, 0.34), (-1, -0.34), (-0.34, -0.34)]),
+    "star": np.array([(r * np.sin(i * np.pi / 5), 0.06 - r * np.cos(i * np.pi / 5))
+                      for i, r in enumerate([1.12, 0.46] * 5)]),
+    "heart": np.array([(np.sin(u) ** 3, -(13 * np.cos(u) - 5 * np.cos(2 * u) - 2 * np.cos(3 * u) - np.cos(4 * u)) / 15 - 0.1)
+                       for u in np.linspace(0, 2 * np.pi, 40, endpoint=False)]),
+}  # fmt: skip
+RING_HOLE = 0.52  # inner over outer radius
+
+
+def draw_things(things: list[Thing], image_size: int, oversample: int = 4) -> np.ndarray:
+    """Render on the background, antialiased: (image_size, image_size, 3) uint8."""
+    side = image_size * oversample
+    image = Image.new("RGB", (side, side), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    for thing in things:
+        x, y, r = thing.x * side, thing.y * side, thing.radius * side
+        box = (x - r, y - r, x + r, y + r)
+        if thing.shape == "circle":
+            draw.ellipse(box, fill=thing.rgb)
+        elif thing.shape == "ring":
+            draw.ellipse(box, outline=thing.rgb, width=round(r * (1 - RING_HOLE)))
+        else:
+            draw.polygon([(x + r * u, y + r * v) for u, v in _OUTLINES[thing.shape]], fill=thing.rgb)
+    return np.asarray(image.reduce(oversample))
+
+
+_RADII = {1: (0.20, 0.30), 2: (0.14, 0.17), 3: (0.13, 0.16), 4: (0.13, 0.16)}  # by the number of things in the picture
+_SIZES = {"small": 0.75, "large": 1.30}
+_SLOTS = {  # where things go before they are jittered; one arrangement is chosen, and who takes which place is shuffled
+    1: [[(0.5, 0.5)]],
+    2: [[(0.26, 0.5), (0.74, 0.5)], [(0.5, 0.26), (0.5, 0.74)]],
+    3: [[(0.25, 0.3), (0.75, 0.3), (0.5, 0.73)], [(0.25, 0.7), (0.75, 0.7), (0.5, 0.27)]],
+    4: [[(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)]],
+}
+
+
+def lay_out(scene: Scene, rng: np.random.Generator) -> list[Thing]:
+    """Place the things of a scene without overlap; what the caption leaves open (colour, size, place) is drawn at random."""
+    n = sum(group.count for group in scene.groups)
+    slots = [np.array(slot) for slot in _SLOTS[n][rng.integers(len(_SLOTS[n]))]]
+    if scene.relation:
+        step = 0.24 * np.array(RELATIONS[scene.relation])
+        slots = [0.5 + step, 0.5 - step]
+    else:
+        rng.shuffle(slots)
+    jitter = {1: 0.12, 2: 0.04, 3: 0.03, 4: 0.03}[n]
+    things = []
+    for group in scene.groups:
+        color = group.color
+        while color is None or (group.color is None and (color, group.shape) in HELD_OUT_PAIRS):
+            color = str(rng.choice(CANONICAL_COLORS))
+        for _ in range(group.count):
+            radius = rng.uniform(*_RADII[n]) * _SIZES.get(group.size, 1.0)
+            if n > 1:
+                radius = min(radius, 0.18)  # two large neighbours must not touch
+            x, y = slots.pop() if not scene.relation else slots.pop(0)
+            x, y = (np.clip(c + rng.uniform(-jitter, jitter), 1.08 * radius, 1 - 1.08 * radius) for c in (x, y))
+            things.append(Thing(group.shape, COLORS[color], float(x), float(y), float(radius)))
+    return things
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the sources
+
+
+class Shapes:
+    """Scenes of one to four coloured shapes with English captions, drawn on the fly."""
+
+    prompts = ("a red circle", "a green star", "a photo of three small teal stars", "a red circle left of a blue square",
+               "a yellow heart above a green cross", "the heart is to the left of the gold ring",
+               "two white diamonds and a black triangle", "a ring that is purple")  # fmt: skip
+
+    def __init__(self, image_size: int, seed: int = 0):
+        self.image_size, self.seed = image_size, seed
+
+    def _color(self, rng) -> str | None:
+        kind = rng.random()
+        return None if kind < 0.06 else str(rng.choice(CANONICAL_COLORS if kind < 0.7 else COLOR_NAMES))
+
+    def scene(self, rng: np.random.Generator) -> Scene:
+        """A random scene, never one of the held-out pairs or triples."""
+        while True:
+            kind = rng.random()
+            counts = [1] if kind < 0.3 else [int(rng.integers(2, 5))] if kind < 0.42 else [1, 1]
+            relation = str(rng.choice(list(RELATIONS))) if kind >= 0.57 else None
+            if 0.42 <= kind < 0.47:
+                counts = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)][rng.integers(5)]
+            groups = tuple(
+                Group(int(count), self._color(rng), str(rng.choice(SHAPES)), str(rng.choice(["small", "large"])) if rng.random() < 0.15 else None)
+                for count in counts
+            )  # fmt: skip
+            alike = len(groups) == 2 and groups[0].shape == groups[1].shape and (
+                None in (groups[0].color, groups[1].color) or COLORS[groups[0].color] == COLORS[groups[1].color])  # fmt: skip
+            scene = Scene(groups, relation)
+            if not alike and not scene.is_held_out():
+                return scene
+
+    def example(self, index: int, draws: int) -> tuple[str, np.ndarray]:
+        rng = np.random.default_rng([self.seed, index])
+        scene = self.scene(rng)
+        caption = write_caption(scene, rng)
+        return caption, np.stack([draw_things(lay_out(scene, rng), self.image_size) for _ in range(draws)])
+
+
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+
+
+class Folder:
+    """Pictures with captions: metadata.jsonl (the Hugging Face imagefolder form), or a .txt beside each picture.
+
+    A picture that does not decode is skipped and counted in `skipped`; ValueError if no captioned picture is found.
+    """
+
+    def __init__(self, root: str | Path, image_size: int, seed: int = 0):
+        self.root, self.image_size, self.seed = Path(root), image_size, seed
+        self.pairs = self._read_metadata() if (self.root / "metadata.jsonl").is_file() else self._read_sidecars()
+        if not self.pairs:
+            raise ValueError(f"{root} holds no captioned picture; expected metadata.jsonl with file_name and text, "
+                             f"or a .txt beside each picture ({', '.join(sorted(PICTURE_SUFFIXES))})")  # fmt: skip
+        self.skipped: set[Path] = set()
+        self.prompts = tuple(dict.fromkeys(caption for _, caption in self.pairs))[:8]
+
+    def _read_metadata(self) -> list[tuple[Path, str]]:
+        pairs = []
+        for number, line in enumerate((self.root / "metadata.jsonl").read_text("utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line) if line.strip() else None
+                pairs += [(self.root / row["file_name"], str(row["text"]))] if row else []
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.root / 'metadata.jsonl'}, line {number}: {error!r}; expected a JSON object "
+                                 "with file_name and text") from None  # fmt: skip
+        return pairs
+
+    def _read_sidecars(self) -> list[tuple[Path, str]]:
+        pictures = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+        return [(p, p.with_suffix(".txt").read_text("utf-8").strip()) for p in pictures if p.with_suffix(".txt").is_file()]
+
+    def _decode(self, path: Path) -> np.ndarray:
+        """The centre square, resized; transparency on white."""
+        with Image.open(path) as image:
+            image = image.convert("RGBA")
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.resize((self.image_size,) * 2, Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+        return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+
+    def example(self, index: int, draws: int) -> tuple[str, np.ndarray]:
+        epoch, place = divmod(index, len(self.pairs))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
+        for k in range(len(order)):
+            path, caption = self.pairs[order[(place + k) % len(order)]]
+            try:
+                return caption, np.stack([self._decode(path)] * draws)
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                if not self.skipped:
+                    warnings.warn(f"{path} does not decode and is skipped ({error}); later ones are counted silently", stacklevel=2)
+                self.skipped.add(path)
+        raise ValueError(f"none of the {len(self.pairs)} pictures in {self.root} decodes")
+
+
+def open_source(name: str, image_size: int, seed: int = 0) -> Shapes | Folder:
+    """"shapes" or a folder's path -> a source of examples."""
+    if name == "shapes":
+        return Shapes(image_size, seed)
+    if Path(name).is_dir():
+        return Folder(name, image_size, seed)
+    raise ValueError(f"--data {name}: expected shapes or an existing folder of captioned pictures")
