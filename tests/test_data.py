@@ -1,0 +1,116 @@
+"""The sources: what the shapes' captions hold and what they must never hold, and folders with all their faults."""
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import CANONICAL_COLORS, COLORS, HELD_OUT_PAIRS, HELD_OUT_TRIPLES, RELATIONS, SHAPES, Folder, Shapes, open_source
+
+N = 20_000
+
+
+@pytest.fixture(scope="module")
+def captions() -> list[str]:
+    source = Shapes(8, seed=3)
+    return [source.example(i, 1)[0] for i in range(N)]
+
+
+def test_no_held_out_pair_or_triple_in_the_stream(captions):
+    """Read from the words themselves, not from the scene behind them."""
+    noun = "(?:" + "|".join(SHAPES) + ")"
+    color = "(?:" + "|".join(sorted(COLORS, key=len, reverse=True)) + ")"
+    after = re.compile(rf"\b({color})(?:[ -]colored)? ({noun})")
+    before = re.compile(rf"\b({noun})(?:,| that is| colored| in| of| is| painted) ({color})\b")
+    color_of = re.compile(rf"the color of the (?:small |large )?({noun}) is ({color})$")
+    words = {"left of": "left of|left side of", "right of": "right of|right side of", "above": "above|over|higher than",
+             "below": "below|under|beneath|underneath"}  # fmt: skip
+    pairs = triples = 0
+    for caption in captions:
+        found = after.findall(caption) + [(c, s) for s, c in before.findall(caption) + color_of.findall(caption)]
+        pairs += len(found)
+        assert not [pair for pair in found if pair in HELD_OUT_PAIRS], caption
+        for relation, forms in words.items():
+            if match := re.search(rf"\b(?:{forms})\b", caption):
+                nouns = re.findall(rf"\b{noun}", caption)
+                if inverted := caption[: match.start()].strip() in ("", "to the", "on the"):
+                    nouns.reverse()
+                assert len(nouns) == 2, caption
+                triples += 1
+                assert (nouns[0], relation, nouns[1]) not in HELD_OUT_TRIPLES, (caption, inverted)
+    assert pairs > N and triples > N / 4, f"the patterns must find most captions: {pairs} pairs, {triples} triples"
+
+
+def test_captions_are_plain_english(captions):
+    text = "\n".join(captions)
+    assert set(text) <= set("abcdefghijklmnopqrstuvwxyz ,-234\n"), "English words only: no hex code, no emoji, no other script"
+    for word in (*SHAPES, *COLORS, "two", "three", "four", "small", "large", "left", "right", "above", "below"):
+        assert re.search(rf"\b{word}", text), f"{word} never occurs"
+    assert len(set(captions)) > N / 2
+
+
+def test_held_out_sets_are_a_fixed_tenth():
+    assert 0.09 < len(HELD_OUT_PAIRS) / (len(COLORS) * len(SHAPES)) <= 0.105
+    assert 0.08 < len(HELD_OUT_TRIPLES) / (len(SHAPES) ** 2 * len(RELATIONS)) <= 0.1
+    assert ("blue", "star") in HELD_OUT_PAIRS and ("red", "circle") not in HELD_OUT_PAIRS  # by hash: the same for ever
+    for a, relation, b in HELD_OUT_TRIPLES:  # the same picture in other words is held out too
+        opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
+        assert (b, opposite, a) in HELD_OUT_TRIPLES
+    assert {c for c, _ in HELD_OUT_PAIRS} & set(CANONICAL_COLORS)
+
+
+def test_the_stream_is_a_function_of_seed_and_index():
+    a, b, other = Shapes(32, seed=1), Shapes(32, seed=1), Shapes(32, seed=2)
+    assert a.example(41, 2)[0] == b.example(41, 2)[0]
+    assert np.array_equal(a.example(41, 2)[1], b.example(41, 2)[1])
+    assert not np.array_equal(a.example(41, 2)[1][0], a.example(41, 2)[1][1]), "draws are different pictures of one caption"
+    assert [a.example(i, 1)[0] for i in range(20)] != [other.example(i, 1)[0] for i in range(20)]
+
+
+def test_relations_hold_in_the_pictures():
+    """The first named thing has its colour where the caption puts it."""
+    from data import Group, Scene, draw_things, lay_out
+
+    rng = np.random.default_rng(0)
+    for relation, direction in RELATIONS.items():
+        for _ in range(50):
+            scene = Scene((Group(1, "red", "heart"), Group(1, "blue", "ring", "large")), relation)
+            pixels = draw_things(lay_out(scene, rng), 32).astype(int)
+            ys, xs = np.nonzero((pixels[..., 0] - pixels[..., 2]) > 60)
+            ys2, xs2 = np.nonzero((pixels[..., 2] - pixels[..., 0]) > 60)
+            offset = np.array([xs.mean() - xs2.mean(), ys.mean() - ys2.mean()])
+            assert offset @ direction > 8 and offset @ direction > 2 * abs(offset @ direction[::-1])
+
+
+def test_folder_with_metadata_or_sidecars(tmp_path):
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "a.png")
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "b.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "red"}\n\n{"file_name": "b.png", "text": "nothing"}\n')
+    source = open_source(str(tmp_path), 16, seed=0)
+    seen = dict(source.example(i, 3) for i in range(2))
+    assert set(seen) == {"red", "nothing"} and seen["red"].shape == (3, 16, 16, 3)
+    assert (seen["red"] == [255, 0, 0]).all() and (seen["nothing"] == 255).all(), "transparency goes on white"
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "a.txt").write_text("a red field\n")
+    assert [Folder(tmp_path, 8).example(i, 1)[0] for i in range(2)] == ["a red field"] * 2
+
+
+def test_folder_faults(tmp_path):
+    with pytest.raises(ValueError, match="holds no captioned picture"):
+        open_source(str(tmp_path), 16)
+    with pytest.raises(ValueError, match="expected shapes or an existing folder"):
+        open_source(str(tmp_path / "nowhere"), 16)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
+    with pytest.raises(ValueError, match="line 1.*file_name and text"):
+        open_source(str(tmp_path), 16)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    rows = ['{"file_name": "good.png", "text": "good"}', '{"file_name": "bad.png", "text": "bad"}', '{"file_name": "gone.png", "text": "gone"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    source = open_source(str(tmp_path), 16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert {source.example(i, 1)[0] for i in range(12)} == {"good"}
+    assert len(source.skipped) == 2 and len([w for w in caught if "does not decode" in str(w.message)]) == 1
