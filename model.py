@@ -97,7 +97,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "frozen-llm-draws"
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-ROWS, BUCKET = 16, 4  # captions are encoded 16 at a time, padded to a multiple of 4 tokens: see FrozenLLM._encode
+ROWS, BUCKET = 32, 4  # captions are encoded 32 at a time, padded to a multiple of 4 tokens: see FrozenLLM._encode
 
 
 class FrozenLLM:

@@ -13,21 +13,24 @@ import argparse
 import json
 import os
 import resource
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
-from data import open_source
+from data import Folder, Shapes, open_source
 from flow import flow_loss, sample_time
 from model import FrozenLLM, ImageExpert, load_llm, pick_device, pick_dtype, read_safetensors, text_layers
 from sample import OneLineParser, captioned_grid, draw, one_line_errors, positive, to_tensor
 
-LOOK_AHEAD = 16  # steps whose captions go to the LLM together
+LOOK_AHEAD = 32  # steps whose captions go to the LLM together
 LOG_EVERY = 50  # steps a line of metrics.jsonl
 TIME_BINS = 5  # of equal width in t
 MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every", "context_cache_mb"}  # on resuming
@@ -118,124 +121,180 @@ def batches(source, llm: FrozenLLM, batch_size: int, draws: int, start: int) -> 
         step = end
 
 
-def save_run(out: Path, expert: ImageExpert, ema: ImageExpert, optimizer: torch.optim.Optimizer, step: int, args) -> None:
-    """Each file is written beside and then renamed: a kill at any moment leaves whole files, the old or the new."""
-    tensors = {f"expert.{name}": p for name, p in expert.named_parameters()} | {f"ema.{n}": p for n, p in ema.named_parameters()}
-    for name, p in expert.named_parameters():
-        tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq") if p in optimizer.state}
-    metadata = {"step": str(step), "args": json.dumps(vars(args)), "config": json.dumps(expert.config)}
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, out / "train_state.tmp", metadata=metadata)
-    os.replace(out / "train_state.tmp", out / "train_state.safetensors")
-    ema.save_pretrained(out / "model.tmp")
-    for path in (out / "model.tmp").iterdir():
-        os.replace(path, out / path.name)
-    (out / "model.tmp").rmdir()
+@dataclass
+class Run:
+    """Everything that a training run holds while it goes on."""
+
+    args: argparse.Namespace
+    source: Shapes | Folder
+    llm: FrozenLLM
+    expert: ImageExpert
+    ema: ImageExpert
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    dtype: torch.dtype
+    step: int = 0  # steps done
 
 
-def load_run(metadata: dict, tensors: dict, expert: ImageExpert, ema: ImageExpert, optimizer: torch.optim.Optimizer) -> int:
-    """The inverse: fills the three in place and returns the step."""
-    if json.loads(metadata["config"]) != expert.config:
-        raise ValueError("--resume: the run was made with another LLM, or another revision of it: "
-                         f"{json.loads(metadata['config'])['made_for']} against {expert.made_for}")  # fmt: skip
-    step = int(metadata["step"])
-    with torch.no_grad():
-        for (name, p), average in zip(expert.named_parameters(), ema.parameters()):
-            p.copy_(tensors[f"expert.{name}"])
-            average.copy_(tensors[f"ema.{name}"])
-            moments = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device)} | moments
-    return step
-
-
-def train(args: argparse.Namespace, metadata: dict, tensors: dict) -> None:
-    started = time.perf_counter()
-    out = Path(args.out)
+def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
+    """Load or build all parts, and print what they are. metadata and tensors: the stored run to go on with, or empty."""
     device, why_device = pick_device(args.device)
     dtype, why_dtype = pick_dtype(args.dtype, device)
+    print(f"device {device} ({why_device}); {dtype} ({why_dtype}); seed {args.seed}", flush=True)
     source = open_source(args.data, args.image_size, args.seed)
-    out.mkdir(parents=True, exist_ok=True)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     llm = load_llm(args.llm, device, dtype, args.context_cache_mb, args.trust_remote_code)
     expert = build_expert(args, llm).to(device)
+    llm.keep([block.layer.index for block in expert.blocks])
     ema = ImageExpert(**expert.config).to(device).requires_grad_(False)
     ema.load_state_dict(expert.state_dict())
-    llm.keep([block.layer.index for block in expert.blocks])
-    optimizer = torch.optim.AdamW(expert.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=device.type != "mps")
-    first = load_run(metadata, tensors, expert, ema, optimizer) if metadata else 0
-    predict = torch.compile(expert) if args.compile else expert
-
-    print(f"device {device} ({why_device}); {dtype} ({why_dtype}); seed {args.seed}")
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(expert.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)
+    run = Run(args, source, llm, expert, ema, optimizer, device, dtype)
+    if metadata:
+        load_run(run, metadata, tensors)
+    first, side = llm.layers[0], args.image_size // args.patch
     print(f"LLM {args.llm}: {sum(p.numel() for p in llm.model.parameters()) / 1e6:.0f} M parameters, all frozen; "
-          f"{len(llm.layers)} attention layers, {llm.layers[0].kv_heads} key/value heads of {llm.layers[0].key_width}")  # fmt: skip
+          f"{len(llm.layers)} attention layers with {first.kv_heads} key/value heads of width {first.key_width}")  # fmt: skip
     print(f"expert: {sum(p.numel() for p in expert.parameters()) / 1e6:.1f} M parameters, all trained; "
-          f"{len(expert.blocks)} layers, width {args.width}, {args.image_size // args.patch}x{args.image_size // args.patch} tokens")  # fmt: skip
-    print(f"data {args.data}; run {out}{f', resumed at step {first}' if first else ''}", flush=True)
+          f"{len(expert.blocks)} layers of width {args.width}, {side}x{side} image tokens")  # fmt: skip
+    print(f"data {args.data}; run {args.out}" + (f", resumed at step {run.step}" if run.step else ""), flush=True)
+    return run
 
-    metrics = out / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    metrics.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= first))
-    bin_sum, bin_count, norm = torch.zeros(TIME_BINS), torch.zeros(TIME_BINS), 0.0
-    progress = tqdm(total=args.steps, initial=first, unit="step", mininterval=1, dynamic_ncols=True)
-    ready, sampling, llm_before = time.perf_counter(), 0.0, llm.seconds
-    for step, (captions, pictures) in zip(range(first, args.steps), batches(source, llm, args.batch_size, args.draws, first)):
-        generator = torch.Generator().manual_seed((args.seed << 32) + step)  # all of a step's chance: nothing to store
-        data = to_tensor(pictures, device)
-        noise = torch.randn(data.shape, generator=generator).to(device)
-        t = sample_time(len(data), args.time_mean, 1.0, generator).to(device)
-        dropped = torch.rand(len(data), generator=generator) < args.caption_dropout
-        context = llm.context(["" if drop else caption for caption, drop in zip(captions, dropped.tolist())])
 
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((step + 1) / args.warmup, (args.steps - step) / max(1, args.steps - args.warmup), 1)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            losses = flow_loss(predict, data, noise, t, context)  # (B,)
-        losses.mean().backward()
-        norm = torch.nn.utils.clip_grad_norm_(expert.parameters(), 1.0)
-        if not torch.isfinite(losses.detach().mean() + norm):
-            raise FloatingPointError(f"the loss is not finite at step {step + 1} (loss {losses.mean():.3g}, gradient norm "
-                                     f"{norm:.3g}); the last checkpoint in {out} is good: resume with a lower --lr")  # fmt: skip
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(args.ema, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(ema.parameters()), list(expert.parameters()), 1 - decay)
+def save_run(run: Run) -> None:
+    """Each file is written beside and then renamed: a kill at any moment leaves whole files, the old or the new."""
+    out = Path(run.args.out)
+    tensors = {f"ema.{name}": p for name, p in run.ema.named_parameters()}
+    for name, p in run.expert.named_parameters():
+        state = run.optimizer.state[p]
+        tensors |= {f"expert.{name}": p, f"exp_avg.{name}": state["exp_avg"], f"exp_avg_sq.{name}": state["exp_avg_sq"]}
+    metadata = {"step": str(run.step), "args": json.dumps(vars(run.args)), "config": json.dumps(run.expert.config)}
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, out / "train_state.tmp", metadata=metadata)
+    os.replace(out / "train_state.tmp", out / "train_state.safetensors")
+    run.ema.save_pretrained(out / "model.tmp")
+    for path in (out / "model.tmp").iterdir():
+        os.replace(path, out / path.name)
 
+
+def load_run(run: Run, metadata: dict, tensors: dict) -> None:
+    """The inverse of save_run, in place. ValueError if the run was made with another LLM, or another revision of it."""
+    if json.loads(metadata["config"]) != run.expert.config:
+        was, now = json.loads(metadata["config"])["made_for"], run.expert.made_for
+        raise ValueError(f"--resume: the run was made with {was['llm']} (weights {was['llm_fingerprint'][:12]}), not with "
+                         f"{now['llm']} (weights {now['llm_fingerprint'][:12]})")  # fmt: skip
+    run.step = int(metadata["step"])
+    with torch.no_grad():
+        for (name, p), average in zip(run.expert.named_parameters(), run.ema.parameters()):
+            p.copy_(tensors[f"expert.{name}"])
+            average.copy_(tensors[f"ema.{name}"])
+            run.optimizer.state[p] = {"step": torch.tensor(float(run.step), device=run.device)} | {
+                key: tensors[f"{key}.{name}"].to(run.device) for key in ("exp_avg", "exp_avg_sq")
+            }
+
+
+def train_step(run: Run, predict: Callable, captions: list[str], pictures: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """One optimizer step on a batch. Returns the loss and the time of each picture, both (B,), and the gradient's norm."""
+    args = run.args
+    generator = torch.Generator().manual_seed((args.seed << 32) + run.step)  # all chance of this step: nothing to store
+    data = to_tensor(pictures, run.device)
+    noise = torch.randn(data.shape, generator=generator).to(run.device)
+    t = sample_time(len(data), args.time_mean, 1.0, generator).to(run.device)
+    dropped = (torch.rand(len(data), generator=generator) < args.caption_dropout).tolist()
+    context = run.llm.context(["" if drop else caption for caption, drop in zip(captions, dropped)])
+    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+        losses = flow_loss(predict, data, noise, t, context)  # (B,)
+    losses.mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(run.expert.parameters(), 1.0)
+    if not torch.isfinite(losses.detach().mean() + norm):
+        raise FloatingPointError(f"the loss is not finite at step {run.step + 1} (loss {losses.mean():.3g}, gradient norm {norm:.3g}); "
+                                 f"what {args.out} holds is from before: resume it, or start another with a lower --lr")  # fmt: skip
+    warm_up, decay = (run.step + 1) / args.warmup, (args.steps - run.step) / max(1, args.steps - args.warmup)
+    for group in run.optimizer.param_groups:
+        group["lr"] = args.lr * min(warm_up, decay, 1)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    rate = 1 - min(args.ema, (run.step + 1) / (run.step + 10))  # a short memory at first, when the weights move fast
+    torch._foreach_lerp_(list(run.ema.parameters()), list(run.expert.parameters()), rate)
+    run.step += 1
+    return losses.detach(), t, norm
+
+
+class Metrics:
+    """metrics.jsonl: the loss per bin of t, and the speed, of every interval. A resumed run drops what it will do again."""
+
+    def __init__(self, run: Run):
+        self.run, self.path = run, Path(run.args.out) / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= run.step))
+        self.first, self.started, self.llm_before = run.step, time.perf_counter(), run.llm.seconds
+        self.sum, self.count = torch.zeros(TIME_BINS), torch.zeros(TIME_BINS)
+
+    def add(self, losses: Tensor, t: Tensor) -> None:
         bins = (t.cpu() * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-        bin_sum.index_add_(0, bins, losses.detach().cpu())
-        bin_count.index_add_(0, bins, torch.ones(len(bins)))
-        done, last = step + 1, step + 1 == args.steps
+        self.sum.index_add_(0, bins, losses.cpu())
+        self.count.index_add_(0, bins, torch.ones(len(bins)))
+
+    def pause(self, seconds: float, llm_seconds: float) -> None:
+        """Leave out what was not training."""
+        self.started, self.llm_before = self.started + seconds, self.llm_before + llm_seconds
+
+    def speed(self) -> tuple[float, float]:
+        """Images per second, and the LLM's share of the time."""
+        seconds = time.perf_counter() - self.started
+        return (self.run.step - self.first) * self.run.args.batch_size / seconds, (self.run.llm.seconds - self.llm_before) / seconds
+
+    def write(self, norm: Tensor) -> str:
+        images_per_second, llm_share = self.speed()
+        loss = (self.sum.sum() / self.count.sum()).item()
+        line = {"step": self.run.step, "loss": loss, "loss_by_t": (self.sum / self.count.clamp(min=1)).tolist(), "grad_norm": norm.item(),
+                "lr": self.run.optimizer.param_groups[0]["lr"], "images_per_second": images_per_second, "llm_share": llm_share}  # fmt: skip
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.sum.zero_(), self.count.zero_()
+        return f"loss {loss:.4f}, {images_per_second:.0f} images/s"
+
+
+def train(run: Run) -> None:
+    started, args = time.perf_counter(), run.args
+    if run.step >= args.steps:
+        raise ValueError(f"{args.out} stands at step {run.step} of {args.steps}: nothing left to do; --steps N goes further")
+    predict = torch.compile(run.expert) if args.compile else run.expert
+    metrics = Metrics(run)
+    progress = tqdm(total=args.steps, initial=run.step, unit="step", mininterval=1, dynamic_ncols=True)
+    for captions, pictures in batches(run.source, run.llm, args.batch_size, args.draws, run.step):
+        losses, t, norm = train_step(run, predict, captions, pictures)
+        metrics.add(losses, t)
         progress.update()
-        if done % LOG_EVERY == 0 or done % args.save_every == 0 or last:
-            seconds = time.perf_counter() - ready - sampling
-            speed = (done - first) * args.batch_size / seconds
-            loss = (bin_sum.sum() / bin_count.sum()).item()
-            line = {"step": done, "loss": loss, "loss_by_t": (bin_sum / bin_count.clamp(min=1)).tolist(), "grad_norm": norm.item(),
-                    "lr": optimizer.param_groups[0]["lr"], "images_per_second": speed, "llm_share": (llm.seconds - llm_before) / seconds}  # fmt: skip
-            with metrics.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            progress.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
-            bin_sum.zero_(), bin_count.zero_()
-        if done % args.save_every == 0 or last:
-            save_run(out, expert, ema, optimizer, done, args)
-        if done % args.sample_every == 0 or last:
-            before, llm_seconds = time.perf_counter(), llm.seconds
-            grid = captioned_grid(draw(ema, llm, list(source.prompts), seed=args.seed), list(source.prompts))
-            grid.save(out / f"samples-{done:06d}.png")
-            llm.seconds = llm_seconds
-            sampling += time.perf_counter() - before
+        last = run.step == args.steps
+        saves = run.step % args.save_every == 0 or last
+        if run.step % LOG_EVERY == 0 or saves:
+            progress.set_postfix_str(metrics.write(norm))
+        if saves:
+            save_run(run)
+        if run.step % args.sample_every == 0 or last:
+            before, llm_before = time.perf_counter(), run.llm.seconds
+            grid = Path(args.out) / f"samples-{run.step:06d}.png"
+            captioned_grid(draw(run.ema, run.llm, list(run.source.prompts), seed=args.seed), list(run.source.prompts)).save(grid)
+            metrics.pause(time.perf_counter() - before, run.llm.seconds - llm_before)
+        if last:
+            break
     progress.close()
-    if first >= args.steps:
-        print(f"nothing to do: the run stands at step {first} of {args.steps}")
-        return
-    seconds = time.perf_counter() - ready - sampling
-    if skipped := getattr(source, "skipped", None):
+    if skipped := getattr(run.source, "skipped", None):
         print(f"{len(skipped)} pictures did not decode and were skipped")
-    print(f"{(args.steps - first) * args.batch_size / seconds:.0f} images/s; the LLM took {(llm.seconds - llm_before) / seconds:.0%} of the "
-          f"training time; {(time.perf_counter() - started) / 60:.1f} minutes in all, peak memory "
-          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")  # fmt: skip
-    print(f'{out / f"samples-{args.steps:06d}.png"} shows what it learned; now: python sample.py --ckpt {out} --prompt "a red circle"')
+    images_per_second, llm_share = metrics.speed()
+    print(f"{images_per_second:.0f} images/s, the LLM took {llm_share:.0%} of the training time; "
+          f"{(time.perf_counter() - started) / 60:.1f} minutes, peak memory {peak_memory_gb(run.device)}")  # fmt: skip
+    print(f'{grid} shows what it learned. Now: python sample.py --ckpt {args.out} --prompt "{run.source.prompts[0]}"')
+
+
+def peak_memory_gb(device: torch.device) -> str:
+    gb = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6):.1f} GB"
+    return gb + (f" ({torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU)" if device.type == "cuda" else "")
 
 
 def main(argv: list[str] | None = None) -> None:
-    train(*settings(argv))
+    train(prepare(*settings(argv)))
 
 
 if __name__ == "__main__":
