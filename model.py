@@ -331,21 +331,24 @@ def load_llm(
             raise ValueError(f"--llm {name}: no such file")
         where = convert_gguf(Path(name), file_sha256(Path(name)))
 
+    def cannot(error: Exception) -> ValueError:
+        return ValueError(f"--llm {name} does not load: {' '.join(str(error).split())[:300]}")
+
     def load(local_files_only: bool):
         options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
-        return model, AutoTokenizer.from_pretrained(where, **options)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+            return model, AutoTokenizer.from_pretrained(where, **options)
+        except (ValueError, KeyError, ImportError, SafetensorError, RuntimeError) as error:
+            raise cannot(error) from None
 
     try:
-        try:
-            model, tokenizer = load(local_files_only=True)  # no network at all where nothing has to be fetched
-        except OSError:
-            if Path(where).is_dir():
-                raise
-            _ask_hub(name)
-            model, tokenizer = load(local_files_only=False)
-    except (OSError, KeyError, ImportError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"--llm {name} does not load: {' '.join(str(error).split())[:300]}") from None
+        model, tokenizer = load(local_files_only=True)  # no network at all where nothing has to be fetched
+    except OSError as error:
+        if Path(where).is_dir():
+            raise cannot(error) from None
+        _ask_hub(name)
+        model, tokenizer = load(local_files_only=False)
     return FrozenLLM(model.to(device), tokenizer, name, cache_mb)
 
 

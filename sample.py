@@ -58,24 +58,22 @@ def to_tensor(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def draw(
-    expert: ImageExpert, llm: FrozenLLM, prompts: list[str], n: int = 1, seed: int = 0, steps: int = 24,
-    guidance: float = 3.0, interval: tuple[float, float] = (0.0, 1.0), renorm: bool = False, batch_size: int = 64,
+    expert: ImageExpert, llm: FrozenLLM, prompts: list[str], seeds: list[int], steps: int = 24, guidance: float = 3.0,
+    interval: tuple[float, float] = (0.0, 1.0), renorm: bool = False, batch_size: int = 64,
 ) -> np.ndarray:  # fmt: skip
-    """n pictures of each prompt -> (prompts, n, height, width, C) uint8.
+    """A picture of each prompt, from the noise of its seed -> (prompts, height, width, C) uint8.
 
-    Picture k of any prompt starts from the noise of seed + k, so it is the same whatever else is drawn beside it.
+    A prompt and a seed give the same picture whatever else is drawn beside it.
     """
-    shape = (expert.channels, expert.image_size, expert.image_size)
-    noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + k)) for k in range(n)]
-    jobs = [(prompt, noise) for prompt in prompts for noise in noises]
-    pictures = []
-    for start in range(0, len(jobs), batch_size):
-        captions, noise = zip(*jobs[start : start + batch_size])
-        context, empty = llm.context(list(captions)), llm.context([""] * len(captions))
+    shape, pictures = (expert.channels, expert.image_size, expert.image_size), []
+    for start in range(0, len(prompts), batch_size):
+        captions, noises = prompts[start : start + batch_size], seeds[start : start + batch_size]
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in noises])
+        context, empty = llm.context(captions), llm.context([""] * len(captions))
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
-            x = euler_sample(expert, torch.stack(noise).to(llm.device), context, steps, empty, guidance, interval, renorm)
+            x = euler_sample(expert, noise.to(llm.device), context, steps, empty, guidance, interval, renorm)
         pictures.append(to_pixels(x))
-    return np.concatenate(pictures).reshape(len(prompts), n, *pictures[0].shape[1:])
+    return np.concatenate(pictures)
 
 
 def captioned_grid(pictures: np.ndarray, captions: list[str], columns: int = 4) -> Image.Image:
@@ -161,12 +159,14 @@ def main() -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     llm = llm_of(expert, args.llm, device, dtype, args.trust_remote_code)
-    pictures = draw(expert, llm, prompts, args.n, args.seed, args.steps, args.guidance, tuple(args.guidance_interval),
-                    args.renorm, args.batch_size)  # fmt: skip
+    seeds = [args.seed + k for k in range(args.n)]
+    pictures = draw(expert, llm, [prompt for prompt in prompts for _ in seeds], seeds * len(prompts), args.steps, args.guidance,
+                    tuple(args.guidance_interval), args.renorm, args.batch_size)  # fmt: skip
+    pictures = pictures.reshape(len(prompts), args.n, *pictures.shape[1:])
     for i, (prompt, row) in enumerate(zip(prompts, pictures)):
         words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
-        for k, picture in enumerate(row):
-            path = out / f"{i:03d}-{words}-seed{args.seed + k}.png"
+        for seed, picture in zip(seeds, row):
+            path = out / f"{i:03d}-{words}-seed{seed}.png"
             Image.fromarray(picture).save(path)
             print(path)
     captioned_grid(pictures, prompts).save(out / "grid.png")

@@ -274,8 +274,8 @@ def train(run: Run) -> None:
             save_run(run)
         if run.step % args.sample_every == 0 or last:
             before, llm_before = time.perf_counter(), run.llm.seconds
-            grid = Path(args.out) / f"samples-{run.step:06d}.png"
-            captioned_grid(draw(run.ema, run.llm, list(run.source.prompts), seed=args.seed), list(run.source.prompts)).save(grid)
+            prompts, grid = list(run.source.prompts), Path(args.out) / f"samples-{run.step:06d}.png"
+            captioned_grid(draw(run.ema, run.llm, prompts, [args.seed] * len(prompts))[:, None], prompts).save(grid)
             metrics.pause(time.perf_counter() - before, run.llm.seconds - llm_before)
         if last:
             break

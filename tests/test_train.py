@@ -1,0 +1,259 @@
+"""Training: frozen LLM, exact resuming, checkpoints that survive a kill, bad input in one line."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU
+from PIL import Image
+from safetensors.torch import load_file
+
+import sample
+import train
+from flow import flow_loss
+from model import fingerprint, load_llm
+from sample import load_expert
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(*flags) -> train.Run:
+    return train.prepare(*train.settings([str(flag) for flag in flags]))
+
+
+def steps(run: train.Run, n: int) -> None:
+    for _, (captions, pictures) in zip(range(n), train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, run.step)):
+        train.train_step(run, run.expert, captions, pictures)
+
+
+def test_the_llm_is_frozen(tiny_run):
+    """No gradient, not in the optimizer, the same bytes and the same logits after training as before."""
+    run = start(*tiny_run, "--steps", 4)
+    ids = torch.arange(1, 9)[None]
+    weights_before = {name: p.clone() for name, p in run.llm.model.named_parameters()}
+    hash_before, logits_before = fingerprint(run.llm.model), run.llm.model(input_ids=ids).logits
+    expert_before = {name: p.detach().clone() for name, p in run.expert.named_parameters()}
+    steps(run, 4)
+    assert not any(p.requires_grad or p.grad is not None for p in run.llm.model.parameters())
+    optimized = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in run.expert.parameters() if p.requires_grad}, "exactly the trainable set"
+    assert not optimized & {id(p) for p in run.llm.model.parameters()}
+    assert all(torch.equal(p, weights_before[name]) for name, p in run.llm.model.named_parameters())
+    assert fingerprint(run.llm.model) == hash_before
+    assert torch.equal(run.llm.model(input_ids=ids).logits, logits_before)
+    assert any(not torch.equal(p, expert_before[name]) for name, p in run.expert.named_parameters()), "the expert did train"
+
+
+def test_nothing_of_the_llm_is_saved(tiny_run, tmp_path):
+    train.main([*tiny_run, "--steps", "2"])
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"model.safetensors", "train_state.safetensors", "metrics.jsonl", "samples-000002.png"} <= files
+    expert = load_expert(str(tmp_path / "run"), CPU)
+    shapes = {tuple(p.shape) for p in load_llm(expert.made_for["llm"], CPU, torch.float32).model.parameters() if p.dim() > 1}
+    for name in ("model.safetensors", "train_state.safetensors"):
+        assert not shapes & {tuple(t.shape) for t in load_file(tmp_path / "run" / name).values()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resumed_equals_uninterrupted(tiny_run, tmp_path, dtype):
+    """Killed with -9 after a checkpoint and resumed by a new process' state (cold caption cache): the same bits."""
+    flags = [*tiny_run, "--dtype", dtype, "--steps", "10", "--save-every", "3"]
+    whole = start(*flags)
+    steps(whole, 10)
+    part = start(*flags, "--out", tmp_path / "part")
+    steps(part, 6)
+    train.save_run(part)
+    steps(part, 2)  # done after the checkpoint, and lost by the kill
+    resumed = start("--resume", "--out", tmp_path / "part")
+    assert resumed.step == 6 and len(resumed.llm._cached) == 0
+    steps(resumed, 4)
+    for (name, a), b in zip(whole.expert.named_parameters(), resumed.expert.parameters()):
+        assert torch.equal(a, b), f"{name}: {(a - b).abs().max():.2e}"
+    assert all(torch.equal(a, b) for a, b in zip(whole.ema.parameters(), resumed.ema.parameters()))
+    for a, b in zip(whole.expert.parameters(), resumed.expert.parameters()):
+        assert all(torch.equal(whole.optimizer.state[a][key], resumed.optimizer.state[b][key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def command(*words, cwd=ROOT, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path):
+    """The real thing: kill -9 of a running train.py, then --resume in another process, against a run left alone."""
+    flags = [*tiny_run, "--steps", "400", "--save-every", "5", "--sample-every", "1000"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    state = tmp_path / "run" / "train_state.safetensors"
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was still running"
+    resumed = command(ROOT / "train.py", "--resume", "--out", tmp_path / "run")
+    assert resumed.returncode == 0 and "resumed at step" in resumed.stdout, resumed.stderr
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    ours, theirs = (load_file(tmp_path / name / "train_state.safetensors") for name in ("run", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    losses = [[line.split('"grad_norm"')[0] for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("run", "whole")]
+    assert losses[0] == losses[1], "metrics.jsonl has every interval once"
+
+
+def _save_for_ever(run):
+    while True:
+        run.step += 1
+        train.save_run(run)
+
+
+def test_kill_while_saving(tiny_run, tmp_path):
+    """Killed with -9 at twenty random moments of a process that does nothing but save: what is left always loads."""
+    run = start(*tiny_run, "--steps", 2)
+    steps(run, 1)
+    train.save_run(run)
+    seen, chance = set(), random.Random(0)
+    for _ in range(20):
+        process = multiprocessing.get_context("fork").Process(target=_save_for_ever, args=(run,))
+        process.start()
+        time.sleep(chance.uniform(0, 0.1))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        metadata, tensors = train.read_safetensors(tmp_path / "run" / "train_state.safetensors")
+        seen.add(int(metadata["step"]))
+        expert = load_expert(str(tmp_path / "run"), CPU)
+        for name, p in run.expert.named_parameters():
+            assert torch.equal(tensors[f"expert.{name}"], p)
+        assert all(torch.equal(a, b) for a, b in zip(expert.parameters(), run.ema.parameters()))
+    assert len(seen) > 5, f"the kills fell on {len(seen)} different steps"
+
+
+def test_one_batch_is_overfitted(tiny_run):
+    """The whole chain learns: four captions, four pictures, and the loss falls to a small part of where it began."""
+    run = start(*tiny_run, "--steps", 300, "--draws", 1, "--batch-size", 4, "--caption-dropout", 0, "--lr", 3e-3, "--patch", 8)
+    captions, pictures = next(train.batches(run.source, run.llm, 4, 1, 0))
+    losses = [train.train_step(run, run.expert, captions, pictures)[0].mean().item() for _ in range(300)]
+    first, last = np.mean(losses[:10]), np.mean(losses[-10:])
+    assert last < 0.1 * first, f"from {first:.3f} to {last:.3f}"
+
+
+def test_training_on_a_folder(tiny_run, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, color in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (30, 20), color).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"a {color} field")
+    (folder / "c.png").write_bytes(b"broken")
+    (folder / "c.txt").write_text("broken")
+    with pytest.warns(UserWarning, match="does not decode"):
+        train.main([*tiny_run, "--steps", "2", "--data", str(folder)])
+    assert Image.open(tmp_path / "run" / "samples-000002.png").width > 100
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_run, tmp_path):
+    run = start(*tiny_run, "--steps", 9)
+    steps(run, 2)
+    train.save_run(run)
+    before = (tmp_path / "run" / "train_state.safetensors").read_bytes()
+    with torch.no_grad():
+        run.expert.head.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite at step 3"):
+        steps(run, 1)
+    assert (tmp_path / "run" / "train_state.safetensors").read_bytes() == before
+    assert start("--resume", "--out", tmp_path / "run").step == 2
+
+
+def test_bad_input_is_refused_before_anything_is_written(tiny_run, llm_folder, tmp_path):
+    out = tmp_path / "run"
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (["--patch", "5"], "--image-size 16 does not divide by --patch 5"),
+        (["--batch-size", "6"], "--batch-size 6 does not divide by --draws 4"),
+        (["--width", "30"], "--width 30 does not divide by 4"),
+        (["--heads", "3"], "--heads 3: expected a multiple of the LLM's 2"),
+        (["--depth", "9"], "--depth 9: .* has 3 attention layers"),
+        (["--ema", "1.5"], "--ema 1.5: expected a number from 0"),
+        (["--resume"], "--resume: there is no run in"),
+        (["--data", tmp_path / "empty"], "holds no captioned picture"),
+        (["--data", "shapez"], "--data shapez: expected shapes or an existing folder"),
+        (["--llm", "nobody/no-such-llm"], "--llm nobody/no-such-llm: "),
+        (["--llm", llm_folder("bert")], "keeps no key-value cache|is not causal"),
+        (["--device", "warp"], "--device warp cannot be used here"),
+        (["--out", tmp_path / "file" / "run"], "Not a directory"),
+    ]
+    for flags, message in cases:
+        with pytest.raises((ValueError, OSError), match=message):
+            start(*tiny_run, *flags)
+        assert not out.exists() or not list(out.iterdir()), f"{flags} left {list(out.iterdir())}"
+    for flags in (["--steps", "0"], ["--batch-size", "-4"], ["--lr", "0"], ["--steps", "many"]):
+        with pytest.raises(SystemExit) as stop:
+            start(*tiny_run, *flags)
+        assert stop.value.code == 2
+
+
+def test_an_existing_run_is_not_overwritten(tiny_run, llm_folder, tmp_path):
+    train.main([*tiny_run, "--steps", "2"])
+    with pytest.raises(ValueError, match="already holds a run: --resume"):
+        start(*tiny_run, "--steps", 2)
+    with pytest.raises(ValueError, match="this run has --width 32"):
+        start("--resume", "--out", tmp_path / "run", "--width", 64)
+    with pytest.raises(ValueError, match="stands at step 2 of 2"):
+        train.main(["--resume", "--out", str(tmp_path / "run")])
+    train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "3"])  # a longer run goes on
+    state = tmp_path / "run" / "train_state.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="does not read as safetensors"):
+        start("--resume", "--out", tmp_path / "run")
+
+
+def test_the_command_line_fails_in_one_line_with_status_2(tmp_path, tiny_run):
+    """Through the real processes: one line on stderr, no traceback."""
+    for words, message in [
+        (["train.py", *tiny_run, "--steps", "0"], "--steps: 0: expected a number above zero"),
+        (["train.py", *tiny_run, "--patch", "5"], "does not divide by --patch"),
+        (["sample.py", "--prompt", "x", "--ckpt", tmp_path / "no"], "expected the folder of a run"),
+        (["sample.py"], "nothing to draw"),
+    ]:
+        done = command(*words)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+
+
+def test_a_hub_id_without_a_hub_fails_at_once(tmp_path):
+    """A real look for the Hub, with nothing at the other end: one clear line, without a long wait."""
+    began = time.perf_counter()
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    done = command("train.py", "--llm", "Qwen/Qwen2.5-0.5B", "--out", tmp_path / "run", env=os.environ | nobody)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "--llm Qwen/Qwen2.5-0.5B: it is not in the local cache, and the Hub cannot be reached" in done.stderr
+    assert time.perf_counter() - began < 60, "an upper bound on waiting, not a benchmark"
+
+
+def test_sample_command(tiny_run, tmp_path, monkeypatch, capsys):
+    train.main([*tiny_run, "--steps", "2"])
+    (tmp_path / "prompts.txt").write_text("a blue star\nun cerchio rosso\n")
+    words = ["sample.py", "--ckpt", tmp_path / "run", "--prompt", "a red circle", "--prompts", tmp_path / "prompts.txt", "--n", "2",
+             "--steps", "2", "--seed", "7", "--out", tmp_path / "out", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    sample.main()
+    printed = capsys.readouterr().out
+    written = sorted((tmp_path / "out").iterdir())
+    assert len(written) == 7 and "seed 7" in printed and all(str(path) in printed for path in written)
+    assert Image.open(tmp_path / "out" / "000-a-red-circle-seed7.png").size == (16, 16)
+    assert Image.open(tmp_path / "out" / "grid.png").width > 256
+
+
+def test_loss_is_lower_where_the_caption_is_right(tiny_run):
+    """After some training the caption matters: the loss with the right one is below that with another's."""
+    run = start(*tiny_run, "--steps", 250, "--batch-size", 16, "--lr", 3e-3, "--patch", 8)
+    steps(run, 250)
+    captions, pictures = next(train.batches(run.source, run.llm, 64, 1, 0))
+    data = sample.to_tensor(pictures, CPU)
+    noise, t = torch.randn(data.shape, generator=torch.Generator().manual_seed(0)), torch.full((64,), 0.3)
+    with torch.no_grad():
+        right = flow_loss(run.expert, data, noise, t, run.llm.context(captions)).mean()
+        wrong = flow_loss(run.expert, data, noise, t, run.llm.context(captions[::-1])).mean()
+    assert right < wrong, f"right {right:.4f}, wrong {wrong:.4f}"
