@@ -325,14 +325,16 @@ def load_llm(
     """Hub id, local folder, .gguf file or built-in name -> FrozenLLM. ValueError, in one line, if that cannot be."""
     transformers.logging.set_verbosity_error()  # its own warnings and bars would drown the one line that matters
     transformers.logging.disable_progress_bar()
-    where = BUILT_IN[name]() if name in BUILT_IN else name
-    if name.endswith(".gguf"):
-        if not Path(name).is_file():
-            raise ValueError(f"--llm {name}: no such file")
-        where = convert_gguf(Path(name), file_sha256(Path(name)))
 
     def cannot(error: Exception) -> ValueError:
         return ValueError(f"--llm {name} does not load: {' '.join(str(error).split())[:300]}")
+
+    try:
+        where = BUILT_IN[name]() if name in BUILT_IN else name
+        if name.endswith(".gguf"):
+            where = convert_gguf(Path(name), file_sha256(Path(name)))
+    except Exception as error:  # a broken file makes its reader raise anything
+        raise cannot(error) from None
 
     def load(local_files_only: bool):
         options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
@@ -422,7 +424,7 @@ class ExpertBlock(nn.Module):
     def project(self, img: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """img (B, N, D), modulation (B, 6, 1, D) -> img_q, img_k (both normed: QK-norm), img_v."""
         shift, scale = modulation[:, 0], modulation[:, 1]
-        x = rms_norm(img) * (1 + scale) + shift
+        x = torch.addcmul(shift, rms_norm(img), 1 + scale)
         img_q, img_k, img_v = self.qkv(x).split(self.split, dim=-1)
         img_q = img_q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, Dk)
         img_k = img_k.unflatten(-1, (self.layer.kv_heads, -1)).transpose(1, 2)  # (B, G, N, Dk)
@@ -432,10 +434,10 @@ class ExpertBlock(nn.Module):
     def finish(self, img: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
         """img (B, N, D) and what its queries attended to (B, H, N, Dv) -> img of the next layer."""
         _, _, gate1, shift, scale, gate2 = modulation.unbind(1)
-        img = img + gate1 * self.out(attended.transpose(1, 2).flatten(2))
-        x = rms_norm(img) * (1 + scale) + shift
+        img = torch.addcmul(img, gate1, self.out(attended.transpose(1, 2).flatten(2)))
+        x = torch.addcmul(shift, rms_norm(img), 1 + scale)
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return img + gate2 * self.down(F.silu(gate) * up)
+        return torch.addcmul(img, gate2, self.down(F.silu(gate) * up))
 
 
 class ImageExpert(nn.Module, PyTorchModelHubMixin):
@@ -495,7 +497,7 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
 
     def end(self, img: Tensor, modulation: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Image tokens (B, N, D) -> velocity (B, C, height, width), float32."""
-        x = rms_norm(img) * (1 + modulation[:, 1]) + modulation[:, 0]
+        x = torch.addcmul(modulation[:, 0], rms_norm(img), 1 + modulation[:, 1])
         out = unpatchify(self.head(x).float(), self.patch, *x_t.shape[2:])
         if self.prediction == "velocity":
             return out

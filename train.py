@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--steps", type=positive(int), default=4000, help="optimizer steps")
     add("--batch-size", type=positive(int), default=64, help="pictures a step")
     add("--draws", type=positive(int), default=4, help="pictures (or noise draws) of each caption in a batch: divides the LLM's cost")
-    add("--lr", type=positive(float), default=2e-3, help="peak learning rate of AdamW")
+    add("--lr", type=positive(float), default=2e-3, help="peak learning rate")
     add("--warmup", type=positive(int), default=200, help="steps of linear warm-up; then linear decay to zero")
     add("--ema", type=float, default=0.999, help="decay of the weights' moving average")
     add("--caption-dropout", type=float, default=0.1, help="share of pictures trained on the empty prompt, for guidance")
@@ -121,6 +121,19 @@ def batches(source, llm: FrozenLLM, batch_size: int, draws: int, start: int) -> 
         step = end
 
 
+def build_optimizers(expert: ImageExpert, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for all else (Jordan et al. 2024). Together: every parameter, once.
+
+    Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both (Liu et al. 2025, section 2.2).
+    """
+    matrices = [p for p in expert.blocks.parameters() if p.dim() == 2]
+    taken = {id(p) for p in matrices}
+    others = [p for p in expert.parameters() if id(p) not in taken]
+    fused = others[0].device.type in ("cpu", "cuda")
+    return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)]  # fmt: skip
+
+
 @dataclass
 class Run:
     """Everything that a training run holds while it goes on."""
@@ -130,7 +143,7 @@ class Run:
     llm: FrozenLLM
     expert: ImageExpert
     ema: ImageExpert
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     device: torch.device
     dtype: torch.dtype
     step: int = 0  # steps done
@@ -148,9 +161,7 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     llm.keep([block.layer.index for block in expert.blocks])
     ema = ImageExpert(**expert.config).to(device).requires_grad_(False)
     ema.load_state_dict(expert.state_dict())
-    fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(expert.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)
-    run = Run(args, source, llm, expert, ema, optimizer, device, dtype)
+    run = Run(args, source, llm, expert, ema, build_optimizers(expert, args.lr), device, dtype)
     if metadata:
         load_run(run, metadata, tensors)
     first, side = llm.layers[0], args.image_size // args.patch
@@ -166,9 +177,9 @@ def save_run(run: Run) -> None:
     """Each file is written beside and then renamed: a kill at any moment leaves whole files, the old or the new."""
     out = Path(run.args.out)
     tensors = {f"ema.{name}": p for name, p in run.ema.named_parameters()}
+    moments = {p: state for optimizer in run.optimizers for p, state in optimizer.state.items()}
     for name, p in run.expert.named_parameters():
-        state = run.optimizer.state[p]
-        tensors |= {f"expert.{name}": p, f"exp_avg.{name}": state["exp_avg"], f"exp_avg_sq.{name}": state["exp_avg_sq"]}
+        tensors |= {f"expert.{name}": p} | {f"{key}.{name}": value for key, value in moments[p].items()}
     metadata = {"step": str(run.step), "args": json.dumps(vars(run.args)), "config": json.dumps(run.expert.config)}
     save_file({name: t.detach().contiguous() for name, t in tensors.items()}, out / "train_state.tmp", metadata=metadata)
     os.replace(out / "train_state.tmp", out / "train_state.safetensors")
@@ -184,13 +195,16 @@ def load_run(run: Run, metadata: dict, tensors: dict) -> None:
         raise ValueError(f"--resume: the run was made with {was['llm']} (weights {was['llm_fingerprint'][:12]}), not with "
                          f"{now['llm']} (weights {now['llm_fingerprint'][:12]})")  # fmt: skip
     run.step = int(metadata["step"])
+    parts = {}  # name of a parameter -> {"expert", "ema", and the optimizer's moments of it}
+    for key, value in tensors.items():
+        part, name = key.split(".", 1)
+        parts.setdefault(name, {})[part] = value.to(run.device)
+    optimizer_of = {p: o for o in run.optimizers for group in o.param_groups for p in group["params"]}
     with torch.no_grad():
         for (name, p), average in zip(run.expert.named_parameters(), run.ema.parameters()):
-            p.copy_(tensors[f"expert.{name}"])
-            average.copy_(tensors[f"ema.{name}"])
-            run.optimizer.state[p] = {"step": torch.tensor(float(run.step), device=run.device)} | {
-                key: tensors[f"{key}.{name}"].to(run.device) for key in ("exp_avg", "exp_avg_sq")
-            }
+            p.copy_(parts[name].pop("expert"))
+            average.copy_(parts[name].pop("ema"))
+            optimizer_of[p].state[p] = parts[name]
 
 
 def train_step(run: Run, predict: Callable, captions: list[str], pictures: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,10 +224,11 @@ def train_step(run: Run, predict: Callable, captions: list[str], pictures: np.nd
         raise FloatingPointError(f"the loss is not finite at step {run.step + 1} (loss {losses.mean():.3g}, gradient norm {norm:.3g}); "
                                  f"what {args.out} holds is from before: resume it, or start another with a lower --lr")  # fmt: skip
     warm_up, decay = (run.step + 1) / args.warmup, (args.steps - run.step) / max(1, args.steps - args.warmup)
-    for group in run.optimizer.param_groups:
-        group["lr"] = args.lr * min(warm_up, decay, 1)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(warm_up, decay, 1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     rate = 1 - min(args.ema, (run.step + 1) / (run.step + 10))  # a short memory at first, when the weights move fast
     torch._foreach_lerp_(list(run.ema.parameters()), list(run.expert.parameters()), rate)
     run.step += 1
@@ -248,7 +263,7 @@ class Metrics:
         images_per_second, llm_share = self.speed()
         loss = (self.sum.sum() / self.count.sum()).item()
         line = {"step": self.run.step, "loss": loss, "loss_by_t": (self.sum / self.count.clamp(min=1)).tolist(), "grad_norm": norm.item(),
-                "lr": self.run.optimizer.param_groups[0]["lr"], "images_per_second": images_per_second, "llm_share": llm_share}  # fmt: skip
+                "lr": self.run.optimizers[0].param_groups[0]["lr"], "images_per_second": images_per_second, "llm_share": llm_share}  # fmt: skip
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.sum.zero_(), self.count.zero_()

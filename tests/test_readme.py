@@ -1,0 +1,72 @@
+"""Every command of the README runs: with the real LLM where it names none, with fewer steps and a smaller expert."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CPU, save_tiny_llm
+from PIL import Image
+
+from sample import load_expert
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.startswith("python ")]
+SHORT = {  # flags that make a command short; given last, they win
+    "train.py": "--steps 2 --batch-size 8 --width 32 --depth 2",
+    "train.py --resume": "--steps 3",
+    "sample.py": "--steps 2",
+    "evaluate.py": "--steps 2 --prompts 4",
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with the code, a folder of captioned pictures, and a tiny Qwen2 where the Hub's client keeps its downloads."""
+    place = tmp_path_factory.mktemp("readme")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, place)
+    (place / "my-pictures").mkdir()
+    Image.new("RGB", (40, 40), "red").save(place / "my-pictures" / "a.png")
+    (place / "my-pictures" / "a.txt").write_text("a red field")
+    (place / "prompts.txt").write_text("a red circle\n")
+    cached = place / "hub" / "models--Qwen--Qwen2.5-0.5B"
+    save_tiny_llm("qwen2", cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    return place
+
+
+def test_the_readme_has_the_commands_that_were_asked_for():
+    for wanted in ("python train.py", "python train.py --llm Qwen/Qwen2.5-0.5B", 'python sample.py --prompt "a red circle left of a blue square"'):
+        assert any(command.startswith(wanted) for command in COMMANDS), f"{wanted} is missing from README.md"
+    text = "\n".join(BLOCKS)
+    assert "pip install -r requirements.txt" in text and re.search(r"^pytest\b|&& pytest\b", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
+def test_command(command, workplace):
+    """In the order of the README: a later command may use what an earlier one has made."""
+    words = shlex.split(command)
+    short = SHORT.get(f"{words[1]} --resume" if "--resume" in words else words[1], "")
+    if words[1] == "train.py" and "--resume" not in words:
+        out = words[words.index("--out") + 1] if "--out" in words else "runs/shapes" if "--data" not in words else None
+        if out:
+            shutil.rmtree(workplace / out, ignore_errors=True)  # a user would name another run; the README's lines are apart
+    environment = os.environ | {"HF_HUB_CACHE": str(workplace / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *words[1:], *short.split()], cwd=workplace, env=environment, capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    if words[1] == "train.py":
+        made = Path(re.search(r"^data .*; run (\S+?),?( |$)", done.stdout, re.MULTILINE).group(1))
+        assert load_expert(str(workplace / made), CPU).made_for["llm"]
+        assert list((workplace / made).glob("samples-*.png"))
+    if words[1] == "sample.py":
+        for line in done.stdout.splitlines()[1:]:
+            assert Image.open(workplace / line).size[0] > 0
