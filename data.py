@@ -259,12 +259,17 @@ class Shapes:
         """A random scene, never one of the held-out pairs or triples."""
         while True:
             kind = rng.random()
-            counts = [1] if kind < 0.3 else [int(rng.integers(2, 5))] if kind < 0.42 else [1, 1]
-            relation = str(rng.choice(list(RELATIONS))) if kind >= 0.57 else None
-            if 0.42 <= kind < 0.47:
-                counts = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)][rng.integers(5)]
+            relation = None
+            if kind < 0.40:  # one object
+                counts = (1,)
+            elif kind < 0.50:  # two to four of a kind
+                counts = (int(rng.integers(2, 5)),)
+            elif kind < 0.62:  # two kinds, without a word on where they stand
+                counts = [(1, 1), (1, 1), (1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1)][rng.integers(8)]
+            else:  # one left of, right of, above or below another
+                counts, relation = (1, 1), str(rng.choice(list(RELATIONS)))
             groups = tuple(
-                Group(int(count), self._color(rng), str(rng.choice(SHAPES)), str(rng.choice(["small", "large"])) if rng.random() < 0.15 else None)
+                Group(count, self._color(rng), str(rng.choice(SHAPES)), str(rng.choice(["small", "large"])) if rng.random() < 0.15 else None)
                 for count in counts
             )  # fmt: skip
             alike = len(groups) == 2 and groups[0].shape == groups[1].shape and (
