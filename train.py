@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--data", default="shapes", help="shapes, or a folder of captioned pictures")
     add("--out", help="folder of the run (default: runs/ and the name of the data)")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    add("--steps", type=positive(int), default=4000, help="optimizer steps")
+    add("--steps", type=positive(int), default=3400, help="optimizer steps")
     add("--batch-size", type=positive(int), default=64, help="pictures a step")
     add("--draws", type=positive(int), default=4, help="pictures (or noise draws) of each caption in a batch: divides the LLM's cost")
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate")
