@@ -21,8 +21,24 @@ from PIL import Image, ImageColor, ImageDraw
 # the vocabulary of the shapes
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "ring", "cross")
-CANONICAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")  # GenEval's
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # (x, y) of A as seen from B; y down
+CANONICAL_COLORS = (
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "blue",
+    "purple",
+    "pink",
+    "brown",
+    "black",
+    "white",
+)  # GenEval's
+RELATIONS = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}  # (x, y) of A as seen from B; y down
 COUNT_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
 BACKGROUND = (128, 128, 128)  # the grey at equal distance from all corners of the RGB cube, and 0 to the network
 
@@ -45,7 +61,7 @@ COLOR_NAMES = tuple(COLORS)
 
 
 def canonical_triple(a: str, relation: str, b: str) -> tuple[str, str, str]:
-    """"b right of a" is the same picture as "a left of b": only "left of" and "above" are left over."""
+    """ "b right of a" is the same picture as "a left of b": only "left of" and "above" are left over."""
     return {"right of": (b, "left of", a), "below": (b, "above", a)}.get(relation, (a, relation, b))
 
 
@@ -75,7 +91,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption asks for: one or two groups, and where the first stands as seen from the second, if it says so."""
+    """What a caption asks for: one or two groups, and where the first stands as seen from the second, if it says so
+    (then each group is one thing)."""
 
     groups: tuple[Group, ...]
     relation: str | None = None  # a key of RELATIONS
@@ -109,7 +126,7 @@ def _article(words: str) -> str:
 
 
 def _phrase(group: Group, rng: np.random.Generator, article: str = "a") -> str:
-    """"a red circle", "the small red circle", "three red circles", "2 circles"."""
+    """ "a red circle", "the small red circle", "three red circles", "2 circles"."""
     noun = group.shape if group.count == 1 else _plural(group.shape)
     words = " ".join(filter(None, (group.size, group.color, noun)))
     if group.count > 1:
@@ -119,10 +136,11 @@ def _phrase(group: Group, rng: np.random.Generator, article: str = "a") -> str:
 
 _PREFIXES = ("a photo of ", "a picture of ", "an image of ", "a drawing of ", "a painting of ", "draw ", "show me ",
              "this is ", "a simple picture with ", "i see ", "here is ", "please draw ")  # fmt: skip
-_ONE_FORMS = ("{s} {n} that is {c}", "{s} {n} colored {c}", "{s} {n} in {c}", "{s} {n} of {c} color", "{s} {c} colored {n}",
-              "{s} {c}-colored {n}", "the {n} is {c}", "the color of the {n} is {c}", "{n}, {c}", "{s} {n} painted {c}")  # fmt: skip
-_AND_FORMS = ("{a} and {b}", "{a} and {b}", "{a} with {b}", "{a} next to {b}", "{a} beside {b}", "{a}, {b}", "both {a} and {b}",
-              "{a} together with {b}", "{a} near {b}")  # fmt: skip
+_ONE_FORMS = ("{s} {n} that is {c}", "{s} {n} colored {c}", "{s} {n} in {c}", "{s} {n} of {c} color",
+              "{s} {c} colored {n}", "{s} {c}-colored {n}", "the {n} is {c}", "the color of the {n} is {c}", "{n}, {c}",
+              "{s} {n} painted {c}")  # fmt: skip
+_AND_FORMS = ("{a} and {b}", "{a} and {b}", "{a} with {b}", "{a} next to {b}", "{a} beside {b}", "{a}, {b}",
+              "both {a} and {b}", "{a} together with {b}", "{a} near {b}")  # fmt: skip
 _RELATION_WORDS = {
     "left of": ("left of", "left of", "to the left of", "on the left of", "on the left side of"),
     "right of": ("right of", "right of", "to the right of", "on the right of", "on the right side of"),
@@ -251,9 +269,11 @@ class Shapes:
     def __init__(self, image_size: int, seed: int = 0):
         self.image_size, self.seed = image_size, seed
 
-    def _color(self, rng) -> str | None:
+    def _group(self, count: int, rng: np.random.Generator) -> Group:
         kind = rng.random()
-        return None if kind < 0.06 else str(rng.choice(CANONICAL_COLORS if kind < 0.7 else COLOR_NAMES))
+        color = None if kind < 0.06 else str(rng.choice(CANONICAL_COLORS if kind < 0.7 else COLOR_NAMES))
+        shape = str(rng.choice(SHAPES))
+        return Group(count, color, shape, str(rng.choice(["small", "large"])) if rng.random() < 0.15 else None)
 
     def scene(self, rng: np.random.Generator) -> Scene:
         """A random scene, never one of the held-out pairs or triples."""
@@ -268,12 +288,9 @@ class Shapes:
                 counts = [(1, 1), (1, 1), (1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1)][rng.integers(8)]
             else:  # one left of, right of, above or below another
                 counts, relation = (1, 1), str(rng.choice(list(RELATIONS)))
-            groups = tuple(
-                Group(count, self._color(rng), str(rng.choice(SHAPES)), str(rng.choice(["small", "large"])) if rng.random() < 0.15 else None)
-                for count in counts
-            )  # fmt: skip
-            alike = len(groups) == 2 and groups[0].shape == groups[1].shape and (
-                None in (groups[0].color, groups[1].color) or COLORS[groups[0].color] == COLORS[groups[1].color])  # fmt: skip
+            groups = tuple(self._group(count, rng) for count in counts)
+            shapes, colors = [g.shape for g in groups], [COLORS.get(g.color) for g in groups]
+            alike = len(groups) == 2 and shapes[0] == shapes[1] and (None in colors or colors[0] == colors[1])
             scene = Scene(groups, relation)
             if not alike and not scene.is_held_out():
                 return scene
@@ -336,13 +353,16 @@ class Folder:
                 return caption, np.stack([self._decode(path)] * draws)
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 if not self.skipped:
-                    warnings.warn(f"{path} does not decode and is skipped ({error}); later ones are counted silently", stacklevel=2)
+                    warnings.warn(
+                        f"{path} does not decode and is skipped ({error}); later ones are counted silently",
+                        stacklevel=2,
+                    )
                 self.skipped.add(path)
         raise ValueError(f"none of the {len(self.pairs)} pictures in {self.root} decodes")
 
 
 def open_source(name: str, image_size: int, seed: int = 0) -> Shapes | Folder:
-    """"shapes" or a folder's path -> a source of examples."""
+    """ "shapes" or a folder's path -> a source of examples."""
     if name == "shapes":
         return Shapes(image_size, seed)
     if Path(name).is_dir():

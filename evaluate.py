@@ -17,8 +17,18 @@ import numpy as np
 
 from data import CANONICAL_COLORS, RELATIONS, SHAPES, Group, Scene
 from judge import judge
-from model import pick_device, pick_dtype
-from sample import OneLineParser, captioned_grid, draw, llm_of, load_expert, newest_run, one_line_errors, positive
+from sample import (
+    OneLineParser,
+    captioned_grid,
+    draw,
+    llm_of,
+    load_expert,
+    newest_run,
+    one_line_errors,
+    pick_device,
+    pick_dtype,
+    positive,
+)
 
 
 def make_suite(name: str, n: int) -> list[tuple[str, Scene]]:
@@ -51,7 +61,9 @@ def main() -> None:
     parser.add_argument("--renorm", action="store_true", help="keep a guided velocity no longer than the unguided one")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert"
+    )
     args = parser.parse_args()
     ckpt = args.ckpt or str(newest_run())
     names = args.suite.split(",")
@@ -70,7 +82,10 @@ def main() -> None:
         right = sum(verdict.ok for verdict in verdicts)
         low, high = wilson(right, len(verdicts))
         why = ", ".join(f"{n} {reason}" for reason, n in Counter(v.reason for v in verdicts if not v.ok).most_common())
-        print(f"{name:7} {right / len(verdicts):.2f}  [{low:.2f}, {high:.2f}] of {len(verdicts)}" + (f"; wrong: {why}" if why else ""))
+        print(
+            f"{name:7} {right / len(verdicts):.2f}  [{low:.2f}, {high:.2f}] of {len(verdicts)}"
+            + (f"; wrong: {why}" if why else "")
+        )
         marked = [prompt + ("" if verdict.ok else f" ({verdict.reason})") for prompt, verdict in zip(prompts, verdicts)]
         captioned_grid(pictures[:32, None], marked[:32], columns=8).save(Path(ckpt) / f"evaluate-{name}.png")
 

@@ -12,6 +12,7 @@ Convention, used everywhere: **t = 0 is noise, t = 1 is data**.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def euler_sample(
     times = (1 - shift * remaining / (1 + (shift - 1) * remaining)).tolist()
     both = context.concat(uncond_context) if guidance != 1 else None
     x = noise
-    for now, then in zip(times, times[1:]):
+    for now, then in pairwise(times):
         if both is not None and interval[0] <= now <= interval[1]:
             t = torch.full((2 * len(x),), now, dtype=x.dtype, device=x.device)
             v = guide(*predict(torch.cat([x, x]), t, both).chunk(2), guidance, renorm)

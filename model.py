@@ -69,29 +69,6 @@ class TextLayer:
     value_width: int
 
 
-def pick_device(name: str) -> tuple[torch.device, str]:
-    """"auto" or a device's name -> the device, and why."""
-    if name != "auto":
-        try:
-            return torch.empty(0, device=name).device, "asked for"
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.cuda.get_device_name()
-    if torch.backends.mps.is_available():
-        return torch.device("mps"), "Apple GPU"
-    return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
-
-
-def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """"auto", "float32" or "bfloat16" -> the arithmetic of the matrix products, and why. Trained weights stay float32."""
-    if name != "auto":
-        return getattr(torch, name), "asked for"
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and cpu.get("avx512_bf16")
-    return (torch.bfloat16, "fast here") if fast else (torch.float32, "bfloat16 is not fast here")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the frozen LLM
 
@@ -136,13 +113,15 @@ class FrozenLLM:
         ids[1, -1] = 4
         try:
             cache = self._run(ids)
-            found = {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers)
-                     if getattr(layer, "keys", None) is not None and layer.keys.dim() == 4 and layer.keys.shape[2] == 4}  # fmt: skip
+            having_keys = [(i, layer) for i, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
+            found = {i: (x.keys, x.values) for i, x in having_keys if x.keys.dim() == 4 and x.keys.shape[2] == ids.shape[1]}
         except (TypeError, AttributeError, ValueError, RuntimeError):
             found = {}
         if not found:
-            raise ValueError(f"{self.name} ({kind}) keeps no key-value cache that an image could attend to; expected a "
-                             "decoder LLM (not an encoder such as BERT, not a pure state-space model such as Mamba)")  # fmt: skip
+            raise ValueError(
+                f"{self.name} ({kind}) keeps no key-value cache that an image could attend to; expected a decoder LLM "
+                "(not an encoder such as BERT, not a pure state-space model such as Mamba)"
+            )
         keys = torch.stack([k[:, 0, :3].float() for k, _ in found.values() if k.shape == found[min(found)][0].shape])
         if not torch.allclose(keys[:, 0], keys[:, 1], rtol=1e-2, atol=1e-2):
             raise ValueError(f"{self.name} ({kind}) is not causal: a later token changes the keys of an earlier one; "
@@ -164,16 +143,16 @@ class FrozenLLM:
         for i in found:
             name = f"{types[i]}_inv_freq" if i < len(types) and f"{types[i]}_inv_freq" in buffers else "inv_freq"
             per_layer.append(buffers.get(name, none).float().reshape(-1))
-        key = found[min(found)][0][:1].float()  # (1, G, 4, Dk)
-        for place in range(1, 4):
-            turned = rotate(key[:, :, :1], place * per_layer[0][None]) if 2 * len(per_layer[0]) <= key.shape[-1] else key * 0
-            if (turned - key[:, :, place : place + 1]).norm() > 0.02 * key[:, :, :1].norm():
-                return [none] * len(per_layer)
-        return per_layer
+        first, *others = found[min(found)][0][:1].float().split(1, dim=2)  # 4 of (1, G, 1, Dk)
+        if 2 * len(per_layer[0]) > first.shape[-1]:
+            return [none] * len(per_layer)
+        errors = [rotate(first, place * per_layer[0][None]) - other for place, other in enumerate(others, 1)]
+        return per_layer if max(error.norm() for error in errors) < 0.02 * first.norm() else [none] * len(per_layer)
 
     def keep(self, indices) -> None:
         """Hand over only these attention layers (the expert's own), in this order. Empties the cache."""
         self.kept = [self.layers[i] for i in indices]
+        self._widths = [layer.kv_heads * width for layer in self.kept for width in (layer.key_width, layer.value_width)]
         self._cached.clear()
         self._cached_bytes = 0
 
@@ -183,13 +162,12 @@ class FrozenLLM:
         ids = self.tokenizer(caption).input_ids
         if len(ids) > self.max_tokens:
             if not self._warned:
-                warnings.warn(f"a caption of {len(ids)} tokens is cut to the {self.max_tokens} that {self.name} takes", stacklevel=3)
+                warnings.warn(
+                    f"a caption of {len(ids)} tokens is cut to the {self.max_tokens} that {self.name} takes",
+                    stacklevel=3,
+                )
             self._warned = True
         return ids[: self.max_tokens]
-
-    @property
-    def _row_width(self) -> int:
-        return sum(layer.kv_heads * (layer.key_width + layer.value_width) for layer in self.kept)
 
     def _encode(self, rows: list[list[int]], length: int) -> Tensor:
         """Token rows -> (ROWS, length, W): keys and values of all kept layers side by side, W = sum of G (Dk + Dv).
@@ -197,6 +175,8 @@ class FrozenLLM:
         Always the same shape for the same caption, whatever its neighbours: matrix kernels choose their summation order by
         shape, and a caption's keys must come out bit for bit the same after a resume as before.
         """
+        if length == 0:  # the empty prompt of a tokenizer without BOS has no token at all
+            return torch.zeros(ROWS, 0, sum(self._widths), dtype=self.dtype, device=self.device)
         ids = torch.zeros(ROWS, length, dtype=torch.long)
         for row, tokens in zip(ids, rows):
             row[: len(tokens)] = torch.tensor(tokens)
@@ -222,9 +202,6 @@ class FrozenLLM:
         for length, group in sorted(missing.items()):
             for start in range(0, len(group), ROWS):
                 chunk = group[start : start + ROWS]
-                if length == 0:  # the empty prompt of a tokenizer without BOS has no token at all
-                    found[chunk[0][0]] = torch.zeros(0, self._row_width, dtype=self.dtype, device=self.device)
-                    continue
                 packed = self._encode([ids for _, ids in chunk], length)
                 for row, (caption, ids) in zip(packed, chunk):
                     found[caption] = self._cached[caption] = row[: len(ids)].clone()
@@ -245,8 +222,7 @@ class FrozenLLM:
         T = -(-packed.shape[1] // BUCKET) * BUCKET  # few distinct shapes: kinder to compilers
         rows = torch.tensor([place[caption] for caption in captions], device=self.device)
         packed, lengths = F.pad(packed, (0, 0, 0, T - packed.shape[1]))[rows], lengths[rows]
-        widths = [w for layer in self.kept for w in (layer.kv_heads * layer.key_width, layer.kv_heads * layer.value_width)]
-        parts = packed.split(widths, dim=-1)
+        parts = packed.split(self._widths, dim=-1)
         heads = [x.unflatten(-1, (layer.kv_heads, -1)).transpose(1, 2)
                  for layer, pair in zip(self.kept, zip(parts[::2], parts[1::2])) for x in pair]  # fmt: skip
         return Context(heads[::2], heads[1::2], lengths)
@@ -374,7 +350,8 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        scale = x.shape[-1] ** 0.5 / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6)  # 1 / rms
+        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        scale = (1 / rms.clamp_min(1e-6)).to(x.dtype)
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
@@ -484,7 +461,7 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
 
     def begin(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """Picture and time -> image tokens (B, N, D), per block its modulation (B, 6, 1, D), the head's (B, 2, 1, D)."""
-        B, C, height, width = x_t.shape
+        B, _, height, width = x_t.shape
         rows = torch.arange(height // self.patch, device=x_t.device).repeat_interleave(width // self.patch)
         columns = torch.arange(width // self.patch, device=x_t.device).repeat(height // self.patch)
         place = torch.cat([sinusoid(rows, self.width // 2), sinusoid(columns, self.width // 2)], dim=-1)  # (N, D)
@@ -542,7 +519,9 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor
         with safe_open(path, "pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} does not read as safetensors (missing, truncated, or another kind of file): {error}") from None
+        raise ValueError(
+            f"{path} does not read as safetensors (missing, truncated, or another kind of file): {error}"
+        ) from None
 
 
 def text_layers(llm: FrozenLLM, depth: int) -> list[dict]:

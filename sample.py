@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from flow import euler_sample
-from model import FrozenLLM, ImageExpert, load_llm, pick_device, pick_dtype
+from model import FrozenLLM, ImageExpert, load_llm
 
 
 def one_line_errors(main) -> None:
@@ -27,6 +27,9 @@ def one_line_errors(main) -> None:
     except (ValueError, OSError, ArithmeticError) as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def positive(kind):
@@ -45,6 +48,29 @@ def positive(kind):
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+def pick_device(name: str) -> tuple[torch.device, str]:
+    """ "auto" or a device's name -> the device, and why."""
+    if name != "auto":
+        try:
+            return torch.empty(0, device=name).device, "asked for"
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), "Apple GPU"
+    return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """ "auto", "float32" or "bfloat16" -> the arithmetic of the matrix products, and why. Trained weights stay float32."""
+    if name != "auto":
+        return getattr(torch, name), "asked for"
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and cpu.get("avx512_bf16")
+    return (torch.bfloat16, "fast here") if fast else (torch.float32, "bfloat16 is not fast here")
 
 
 def to_pixels(x: torch.Tensor) -> np.ndarray:
@@ -144,7 +170,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive(int), default=64, help="pictures drawn at once")
     parser.add_argument("--out", default="samples", help="folder for the pictures")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
     args = parser.parse_args()
 

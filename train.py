@@ -27,25 +27,44 @@ from tqdm import tqdm
 
 from data import Folder, Shapes, open_source
 from flow import flow_loss, sample_time
-from model import FrozenLLM, ImageExpert, load_llm, pick_device, pick_dtype, read_safetensors, text_layers
-from sample import OneLineParser, captioned_grid, draw, one_line_errors, positive, to_tensor
+from model import FrozenLLM, ImageExpert, load_llm, read_safetensors, text_layers
+from sample import OneLineParser, captioned_grid, draw, one_line_errors, pick_device, pick_dtype, positive, to_tensor
 
 LOOK_AHEAD = 32  # steps whose captions go to the LLM together
 LOG_EVERY = 50  # steps a line of metrics.jsonl
 TIME_BINS = 5  # of equal width in t
-MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every", "context_cache_mb"}  # on resuming
+MAY_CHANGE = {
+    "resume",
+    "out",
+    "steps",
+    "device",
+    "compile",
+    "sample_every",
+    "save_every",
+    "context_cache_mb",
+}  # on resuming
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> argparse.Namespace:
-    parser = OneLineParser(description="Train an image expert on a frozen LLM.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(
+        description="Train an image expert on a frozen LLM.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("--llm", default="gemma-3-270m", help="Hub id, local folder, .gguf file, or gemma-3-270m")
     add("--data", default="shapes", help="shapes, or a folder of captioned pictures")
-    add("--out", help="folder of the run (default: runs/ and the name of the data)")
+    add(
+        "--out",
+        help="folder of the run (default: runs/, the name of the data and, if another is asked for, of the LLM)",
+    )
     add("--resume", action="store_true", help="go on with the run in --out, with its settings")
     add("--steps", type=positive(int), default=3400, help="optimizer steps")
     add("--batch-size", type=positive(int), default=64, help="pictures a step")
-    add("--draws", type=positive(int), default=4, help="pictures (or noise draws) of each caption in a batch: divides the LLM's cost")
+    add(
+        "--draws",
+        type=positive(int),
+        default=4,
+        help="pictures (or noise draws) of each caption in a batch: divides the LLM's cost",
+    )
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate")
     add("--warmup", type=positive(int), default=200, help="steps of linear warm-up; then linear decay to zero")
     add("--ema", type=float, default=0.999, help="decay of the weights' moving average")
@@ -67,7 +86,8 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
     parser.set_defaults(**(stored or {}))
     args = parser.parse_args(argv)
-    args.out = args.out or f"runs/{Path(args.data).name}"
+    of_llm = "" if args.llm == parser.get_default("llm") else f"-{Path(args.llm).name}"
+    args.out = args.out or f"runs/{Path(args.data).name}{of_llm}"
     if args.batch_size % args.draws:
         raise ValueError(f"--batch-size {args.batch_size} does not divide by --draws {args.draws}")
     for name, value, top in (("ema", args.ema, 1), ("caption-dropout", args.caption_dropout, 1)):
@@ -221,8 +241,10 @@ def train_step(run: Run, predict: Callable, captions: list[str], pictures: np.nd
     losses.mean().backward()
     norm = torch.nn.utils.clip_grad_norm_(run.expert.parameters(), 1.0)
     if not torch.isfinite(losses.detach().mean() + norm):
-        raise FloatingPointError(f"the loss is not finite at step {run.step + 1} (loss {losses.mean():.3g}, gradient norm {norm:.3g}); "
-                                 f"what {args.out} holds is from before: resume it, or start another with a lower --lr")  # fmt: skip
+        raise FloatingPointError(
+            f"the loss is not finite at step {run.step + 1} (loss {losses.mean():.3g}, gradient norm {norm:.3g}); "
+            f"what {args.out} holds is from before: resume it, or start another with a lower --lr"
+        )
     warm_up, decay = (run.step + 1) / args.warmup, (args.steps - run.step) / max(1, args.steps - args.warmup)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -257,13 +279,21 @@ class Metrics:
     def speed(self) -> tuple[float, float]:
         """Images per second, and the LLM's share of the time."""
         seconds = time.perf_counter() - self.started
-        return (self.run.step - self.first) * self.run.args.batch_size / seconds, (self.run.llm.seconds - self.llm_before) / seconds
+        images = (self.run.step - self.first) * self.run.args.batch_size
+        return images / seconds, (self.run.llm.seconds - self.llm_before) / seconds
 
     def write(self, norm: Tensor) -> str:
         images_per_second, llm_share = self.speed()
         loss = (self.sum.sum() / self.count.sum()).item()
-        line = {"step": self.run.step, "loss": loss, "loss_by_t": (self.sum / self.count.clamp(min=1)).tolist(), "grad_norm": norm.item(),
-                "lr": self.run.optimizers[0].param_groups[0]["lr"], "images_per_second": images_per_second, "llm_share": llm_share}  # fmt: skip
+        line = {
+            "step": self.run.step,
+            "loss": loss,
+            "loss_by_t": (self.sum / self.count.clamp(min=1)).tolist(),
+            "grad_norm": norm.item(),
+            "lr": self.run.optimizers[0].param_groups[0]["lr"],
+            "images_per_second": images_per_second,
+            "llm_share": llm_share,
+        }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.sum.zero_(), self.count.zero_()

@@ -13,18 +13,31 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from model import FrozenLLM, ImageExpert, load_llm, text_layers
 
 CPU = torch.device("cpu")
-TEXT = ["a red circle left of a blue square", "the heart is to the left of the gold ring", "three small teal stars", "an orange cross"]
+TEXT = [
+    "a red circle left of a blue square",
+    "the heart is to the left of the gold ring",
+    "three small teal stars",
+    "an orange cross",
+]
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
 CONFIGS = {
     "qwen2": lambda: transformers.Qwen2Config(**SMALL),
     "llama": lambda: transformers.LlamaConfig(**SMALL),
     "gemma3": lambda: transformers.Gemma3TextConfig(
-        **SMALL, head_dim=16, sliding_window=32, layer_types=["sliding_attention", "sliding_attention", "full_attention"]
+        **SMALL,
+        head_dim=16,
+        sliding_window=32,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     ),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=3, n_head=4, n_positions=64),
     "bert": lambda: transformers.BertConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
     ),
     "mamba": lambda: transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
@@ -36,12 +49,17 @@ def save_tiny_llm(kind: str, folder: Path, seed: int = 0) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<bos>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=300,
+        special_tokens=["<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(TEXT, trainer)
     if kind in ("llama", "gemma3"):
         tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>").save_pretrained(
+        folder
+    )
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]())
     with torch.no_grad():  # the library starts with weights so small that every prompt reads alike
@@ -74,7 +92,13 @@ def tiny_llm(llm_folder):
 def random_expert(llm: FrozenLLM, depth: int = 2, **options) -> ImageExpert:
     """An expert whose every weight is random (a new one answers 0: its head and gates start at zero)."""
     layers = text_layers(llm, depth)
-    options = {"prediction": "velocity", "width": 32, "heads": 2 * layers[0]["kv_heads"], "patch": 4, "image_size": 16} | options
+    options = {
+        "prediction": "velocity",
+        "width": 32,
+        "heads": 2 * layers[0]["kv_heads"],
+        "patch": 4,
+        "image_size": 16,
+    } | options
     expert = ImageExpert(layers, **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import CANONICAL_COLORS, COLORS, HELD_OUT_PAIRS, HELD_OUT_TRIPLES, RELATIONS, SHAPES, Folder, Shapes, open_source
+from data import (
+    CANONICAL_COLORS,
+    COLORS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_TRIPLES,
+    RELATIONS,
+    SHAPES,
+    Folder,
+    Shapes,
+    open_source,
+)
 
 N = 20_000
 
@@ -87,7 +97,9 @@ def test_relations_hold_in_the_pictures():
 def test_folder_with_metadata_or_sidecars(tmp_path):
     Image.new("RGB", (40, 20), "red").save(tmp_path / "a.png")
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "b.png")
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "red"}\n\n{"file_name": "b.png", "text": "nothing"}\n')
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "red"}\n\n{"file_name": "b.png", "text": "nothing"}\n'
+    )
     source = open_source(str(tmp_path), 16, seed=0)
     seen = dict(source.example(i, 3) for i in range(2))
     assert set(seen) == {"red", "nothing"} and seen["red"].shape == (3, 16, 16, 3)
@@ -107,7 +119,11 @@ def test_folder_faults(tmp_path):
         open_source(str(tmp_path), 16)
     Image.new("RGB", (20, 20), "red").save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"not a picture")
-    rows = ['{"file_name": "good.png", "text": "good"}', '{"file_name": "bad.png", "text": "bad"}', '{"file_name": "gone.png", "text": "gone"}']
+    rows = [
+        '{"file_name": "good.png", "text": "good"}',
+        '{"file_name": "bad.png", "text": "bad"}',
+        '{"file_name": "gone.png", "text": "gone"}',
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     source = open_source(str(tmp_path), 16)
     with warnings.catch_warnings(record=True) as caught:

@@ -1,10 +1,12 @@
 """The one idea, proved: attending to the LLM's cache is the joint forward of Mixture-of-Transformers."""
 
+import shutil
+
 import pytest
 import torch
-from conftest import CPU, DECODERS, random_expert
 
 from attention import hybrid_mask, joint_attention, joint_attention_definition, rotate, text_mask
+from conftest import CPU, DECODERS, random_expert
 from model import RMSNorm, joint_forward, load_llm
 
 CAPTIONS = ["a red circle", "", "the heart is to the left of the gold ring", "three small teal stars"]
@@ -59,7 +61,9 @@ def test_empty_prompt_without_bos_has_no_token(tiny_llm):
     assert tiny_llm("llama").context([""]).lengths.tolist() == [1]
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 2, 7, 9, 8, 8), (2, 6, 3, 5, 4, 8, 12), (2, 2, 1, 0, 6, 16, 4), (1, 4, 4, 3, 1, 5, 3)])
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 2, 7, 9, 8, 8), (2, 6, 3, 5, 4, 8, 12), (2, 2, 1, 0, 6, 16, 4), (1, 4, 4, 3, 1, 5, 3)]
+)
 def test_fused_equals_definition_with_gradients(shape):
     """The image rows of the definition against the one SDPA call, float64, any Dk and Dv, no text at all too."""
     B, H, G, T, N, Dk, Dv = shape
@@ -78,6 +82,20 @@ def test_fused_equals_definition_with_gradients(shape):
     grad = torch.randn_like(plain)
     for ours, reference in zip(torch.autograd.grad(fused, img, grad), torch.autograd.grad(plain, img, grad)):
         assert largest(ours, reference) < 1e-5, f"largest difference of a gradient {largest(ours, reference):.2e}"
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_equals_eager(tiny_llm):
+    """--compile changes the speed and not the picture, nor the gradient, at a second length of text too."""
+    llm = tiny_llm("qwen2")
+    expert = random_expert(llm)
+    compiled = torch.compile(expert)
+    x_t, t = noisy_batch(expert, 2)
+    for captions in (["a red circle", ""], ["the heart is to the left of the gold ring"] * 2):
+        answers = [predict(x_t, t, llm.context(captions)) for predict in (expert, compiled)]
+        assert largest(*answers) < 1e-5, f"largest difference {largest(*answers):.2e}"
+        gradients = [torch.autograd.grad(answer.square().mean(), expert.blocks[0].qkv.weight)[0] for answer in answers]
+        assert largest(*gradients) < 1e-4 * gradients[0].abs().max(), f"{largest(*gradients):.2e}"
 
 
 def test_hybrid_mask():

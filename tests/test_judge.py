@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from data import (BACKGROUND, CANONICAL_COLORS, COLORS, RELATIONS, SHAPES, Group, Scene, Shapes, Thing, draw_things,
-                  lay_out)  # fmt: skip
+from data import (
+    BACKGROUND,
+    CANONICAL_COLORS,
+    COLORS,
+    RELATIONS,
+    SHAPES,
+    Group,
+    Scene,
+    Shapes,
+    Thing,
+    draw_things,
+    lay_out,  # fmt: skip
+)
 from judge import _templates, basic_color, delta_e, judge, lab, read_scene
 
 SIZE = 32
@@ -93,9 +104,7 @@ def test_true_scenes_are_accepted(name, size, scenes, at_least):
     assert rate >= at_least, f"{name}, {size} px: accepted {rate:.4f} of {scenes}; {reasons}; e.g. {failures[:2]}"
 
 
-@pytest.mark.parametrize(
-    "name, size, scenes", [("clean", 32, 2000), ("as a network draws", 32, 1000), ("clean", 64, 300)]
-)
+@pytest.mark.parametrize("name, size, scenes", [("clean", 32, 2000), ("as a network draws", 32, 1000), ("clean", 64, 300)])
 def test_scenes_with_one_thing_wrong_are_refused_and_the_reason_is_right(name, size, scenes):
     rng = np.random.default_rng(2)
     given = {change: Counter() for change in CHANGES}

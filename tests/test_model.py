@@ -5,9 +5,20 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import CPU, DECODERS, random_expert, save_tiny_llm
 
-from model import CACHE_FOLDER, ROWS, FrozenLLM, ImageExpert, file_sha256, fingerprint, load_llm, patchify, text_layers, unpatchify
+from conftest import CPU, DECODERS, random_expert, save_tiny_llm
+from model import (
+    CACHE_FOLDER,
+    ROWS,
+    FrozenLLM,
+    ImageExpert,
+    file_sha256,
+    fingerprint,
+    load_llm,
+    patchify,
+    text_layers,
+    unpatchify,
+)
 from sample import draw, llm_of, load_expert
 
 
@@ -37,7 +48,11 @@ def test_patchify_round_trip(shape, patch):
 def test_a_captions_keys_do_not_depend_on_its_neighbours(kind, dtype, llm_folder):
     """Bit for bit: alone, in a crowd, in another order, from the cache."""
     llm = load_llm(str(llm_folder(kind)), CPU, dtype)
-    crowd = [f"{word} {shape}" for word in ("a red", "three small teal", "the") for shape in ("circle", "ring", "square star", "cross")]
+    crowd = [
+        f"{word} {shape}"
+        for word in ("a red", "three small teal", "the")
+        for shape in ("circle", "ring", "square star", "cross")
+    ]
     together = llm.lookup(crowd)
     again = llm.lookup(crowd[::-1])
     for caption in crowd:

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU
 from PIL import Image
 from safetensors.torch import load_file
 
 import sample
 import train
+from conftest import CPU
 from flow import flow_loss
 from model import fingerprint, load_llm
 from sample import load_expert
@@ -30,7 +30,9 @@ def start(*flags) -> train.Run:
 
 
 def steps(run: train.Run, n: int) -> None:
-    for _, (captions, pictures) in zip(range(n), train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, run.step)):
+    for _, (captions, pictures) in zip(
+        range(n), train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, run.step)
+    ):
         train.train_step(run, run.expert, captions, pictures)
 
 
@@ -44,7 +46,9 @@ def test_the_llm_is_frozen(tiny_run):
     steps(run, 4)
     assert not any(p.requires_grad or p.grad is not None for p in run.llm.model.parameters())
     optimized = [id(p) for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(optimized) == sorted(id(p) for p in run.expert.parameters() if p.requires_grad), "the trainable set, each once"
+    assert sorted(optimized) == sorted(id(p) for p in run.expert.parameters() if p.requires_grad), (
+        "the trainable set, each once"
+    )
     assert not set(optimized) & {id(p) for p in run.llm.model.parameters()}
     assert all(torch.equal(p, weights_before[name]) for name, p in run.llm.model.named_parameters())
     assert fingerprint(run.llm.model) == hash_before
@@ -92,7 +96,9 @@ def command(*words, cwd=ROOT, **options) -> subprocess.CompletedProcess:
 def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path):
     """The real thing: kill -9 of a running train.py, then --resume in another process, against a run left alone."""
     flags = [*tiny_run, "--steps", "400", "--save-every", "5", "--sample-every", "1000"]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     state = tmp_path / "run" / "train_state.safetensors"
     while not state.exists() and process.poll() is None:
         time.sleep(0.02)
@@ -103,7 +109,9 @@ def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path):
     train.main([*flags, "--out", str(tmp_path / "whole")])
     ours, theirs = (load_file(tmp_path / name / "train_state.safetensors") for name in ("run", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    losses = [[line.split('"grad_norm"')[0] for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("run", "whole")]
+    losses = [
+        [line.split('"grad_norm"')[0] for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("run", "whole")
+    ]
     assert losses[0] == losses[1], "metrics.jsonl has every interval once"
 
 
@@ -238,8 +246,8 @@ def test_a_hub_id_without_a_hub_fails_at_once(tmp_path):
 def test_sample_command(tiny_run, tmp_path, monkeypatch, capsys):
     train.main([*tiny_run, "--steps", "2"])
     (tmp_path / "prompts.txt").write_text("a blue star\nun cerchio rosso\n")
-    words = ["sample.py", "--ckpt", tmp_path / "run", "--prompt", "a red circle", "--prompts", tmp_path / "prompts.txt", "--n", "2",
-             "--steps", "2", "--seed", "7", "--out", tmp_path / "out", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+    words = ["sample.py", "--ckpt", tmp_path / "run", "--prompt", "a red circle", "--prompts", tmp_path / "prompts.txt",
+             "--n", "2", "--steps", "2", "--seed", "7", "--out", tmp_path / "out", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     sample.main()
     printed = capsys.readouterr().out
