@@ -244,7 +244,7 @@ def file_sha256(path: Path) -> str:
 
 
 def convert_gguf(path: Path, sha256: str) -> Path:
-    """Turn a .gguf file into a safetensors folder in the user's cache, once; ValueError if its SHA-256 is another."""
+    """Turn a .gguf file into bfloat16 safetensors in the user's cache, once; ValueError if its SHA-256 is another."""
     folder = CACHE_FOLDER / f"gguf-{sha256[:16]}"
     if folder.is_dir():
         return folder
@@ -263,7 +263,8 @@ def convert_gguf(path: Path, sha256: str) -> Path:
     with tempfile.TemporaryDirectory(dir=CACHE_FOLDER) as temporary:
         model.save_pretrained(Path(temporary) / "llm")
         tokenizer.save_pretrained(Path(temporary) / "llm")
-        os.replace(Path(temporary) / "llm", folder)  # a kill before this line leaves nothing that looks whole
+        if not folder.is_dir():  # another process may have been faster
+            os.replace(Path(temporary) / "llm", folder)  # a kill before this line leaves nothing that looks whole
     return folder
 
 

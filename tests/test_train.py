@@ -246,8 +246,8 @@ def test_a_hub_id_without_a_hub_fails_at_once(tmp_path):
 def test_sample_command(tiny_run, tmp_path, monkeypatch, capsys):
     train.main([*tiny_run, "--steps", "2"])
     (tmp_path / "prompts.txt").write_text("a blue star\nun cerchio rosso\n")
-    words = ["sample.py", "--ckpt", tmp_path / "run", "--prompt", "a red circle", "--prompts", tmp_path / "prompts.txt",
-             "--n", "2", "--steps", "2", "--seed", "7", "--out", tmp_path / "out", "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+    words = ["sample.py", "--ckpt", tmp_path / "run", "--prompt", "a red circle", "--prompts", tmp_path / "prompts.txt"]
+    words += ["--n", 2, "--steps", 2, "--seed", 7, "--out", tmp_path / "out", "--device", "cpu", "--dtype", "float32"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     sample.main()
     printed = capsys.readouterr().out
