@@ -206,6 +206,7 @@ def save_run(run: Run) -> None:
     run.ema.save_pretrained(out / "model.tmp")
     for path in (out / "model.tmp").iterdir():
         os.replace(path, out / path.name)
+    (out / "model.tmp").rmdir()
 
 
 def load_run(run: Run, metadata: dict, tensors: dict) -> None:
