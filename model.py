@@ -283,17 +283,15 @@ def _gemma_270m() -> Path:
 BUILT_IN = {"gemma-3-270m": _gemma_270m}
 
 
-def _ask_hub(name: str) -> None:
-    """Ask the Hub for a model once, with a short timeout, before transformers starts its long retries."""
+def ask_hub(name: str) -> str | None:
+    """Why the Hub does not give `name`, or None if it does: asked once, before the libraries start their long retries."""
     try:
         model_info(name, timeout=5)
     except Exception as error:  # the Hub's client raises many kinds: each becomes one clear line
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403, 404):
-            why = f"the Hub answers {status} (no such model, or it is gated: accept its terms and run `hf auth login`)"
-        else:
-            why = f"it is not in the local cache, and the Hub cannot be reached ({type(error).__name__})"
-        raise ValueError(f"--llm {name}: {why}; other ways: a local folder, a .gguf file, or {', '.join(BUILT_IN)}") from None
+            return f"the Hub answers {status} (no such model, or it is gated: accept its terms and run `hf auth login`)"
+        return f"it is not in the local cache, and the Hub cannot be reached ({type(error).__name__})"
 
 
 def load_llm(
@@ -326,7 +324,9 @@ def load_llm(
     except OSError as error:
         if Path(where).is_dir():
             raise cannot(error) from None
-        _ask_hub(name)
+        if why := ask_hub(name):
+            ways = f"a local folder, a .gguf file, or {', '.join(BUILT_IN)}"
+            raise ValueError(f"--llm {name}: {why}; other ways: {ways}") from None
         model, tokenizer = load(local_files_only=False)
     return FrozenLLM(model.to(device), tokenizer, name, cache_mb)
 

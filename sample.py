@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from flow import euler_sample
-from model import FrozenLLM, ImageExpert, load_llm
+from model import FrozenLLM, ImageExpert, ask_hub, load_llm
 
 
 def one_line_errors(main) -> None:
@@ -102,12 +102,22 @@ def draw(
     return np.concatenate(pictures)
 
 
+def _caption_font(size: int) -> ImageFont.FreeTypeFont:
+    """A system font that knows more letters than Pillow's own, if there is one."""
+    for name in ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
+
+
 def captioned_grid(pictures: np.ndarray, captions: list[str], columns: int = 4) -> Image.Image:
     """pictures (prompts, n, height, width, 3) -> one image: a cell per prompt, its n pictures side by side, text below."""
     n, height, width = pictures.shape[1:4]
     scale = max(1, 128 // height)
     cell_width, cell_height, gap = n * (width * scale + 4) - 4, height * scale, 8
-    font = ImageFont.load_default(12)
+    font = _caption_font(12)
     lines = [textwrap.wrap(caption, max(12, cell_width // 7)) or ["(no prompt)"] for caption in captions]
     text_height = 15 * max(map(len, lines)) + 4
     columns = max(1, min(columns if n == 1 else columns // 2, len(captions)))
@@ -132,13 +142,16 @@ def newest_run(folder: Path = Path("runs")) -> Path:
 
 def load_expert(ckpt: str, device: torch.device) -> ImageExpert:
     """A run's folder or a Hub id -> the expert. ValueError, in one line, if that cannot be."""
-    if Path(ckpt).exists() or len(Path(ckpt).parts) != 2:
-        if not (Path(ckpt) / "model.safetensors").is_file():
-            raise ValueError(f"--ckpt {ckpt}: no model.safetensors there; expected the folder of a run, or a Hub id")
-    try:
+    if (Path(ckpt) / "model.safetensors").is_file():
         return ImageExpert.from_pretrained(ckpt).to(device)
-    except OSError as error:
-        raise ValueError(f"--ckpt {ckpt}: neither a run's folder nor to be had from the Hub ({type(error).__name__})") from None
+    if Path(ckpt).exists() or len(Path(ckpt).parts) != 2:
+        raise ValueError(f"--ckpt {ckpt}: no model.safetensors there; expected the folder of a run, or a Hub id")
+    try:
+        return ImageExpert.from_pretrained(ckpt, local_files_only=True).to(device)
+    except OSError:
+        if why := ask_hub(ckpt):
+            raise ValueError(f"--ckpt {ckpt}: no such folder, and as a Hub id: {why}") from None
+    return ImageExpert.from_pretrained(ckpt).to(device)
 
 
 def llm_of(expert: ImageExpert, name: str | None, device, dtype, trust_remote_code: bool = False) -> FrozenLLM:

@@ -175,10 +175,10 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     dtype, why_dtype = pick_dtype(args.dtype, device)
     print(f"device {device} ({why_device}); {dtype} ({why_dtype}); seed {args.seed}", flush=True)
     source = open_source(args.data, args.image_size, args.seed)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     llm = load_llm(args.llm, device, dtype, args.context_cache_mb, args.trust_remote_code)
     expert = build_expert(args, llm).to(device)
     llm.keep([block.layer.index for block in expert.blocks])
+    Path(args.out).mkdir(parents=True, exist_ok=True)  # nothing is written before everything is there
     ema = ImageExpert(**expert.config).to(device).requires_grad_(False)
     ema.load_state_dict(expert.state_dict())
     run = Run(args, source, llm, expert, ema, build_optimizers(expert, args.lr), device, dtype)

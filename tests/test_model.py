@@ -189,7 +189,7 @@ def test_wrong_checkpoints_are_refused(tiny_llm, llm_folder, tmp_path):
     with pytest.raises(ValueError, match="is not an image expert"):
         load_expert(str(llm_folder("qwen2")), CPU)
     for nowhere in (tmp_path / "nowhere", "runs/nowhere"):
-        with pytest.raises(ValueError, match="expected the folder of a run|neither a run's folder"):
+        with pytest.raises(ValueError, match="expected the folder of a run|no such folder, and as a Hub id"):
             load_expert(str(nowhere), CPU)
 
 
