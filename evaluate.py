@@ -28,6 +28,7 @@ from sample import (
     pick_device,
     pick_dtype,
     positive,
+    seed_number,
 )
 
 
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--steps", type=positive(int), default=24, help="Euler steps")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1 is none")
     parser.add_argument("--renorm", action="store_true", help="keep a guided velocity no longer than the unguided one")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the noise")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert"
@@ -71,8 +72,8 @@ def main() -> None:
         raise ValueError(f"--suite {unknown.pop()}: expected some of one,two,unseen")
     device, _ = pick_device(args.device)
     expert = load_expert(ckpt, device)
-    if expert.made_for["data"] != "shapes":
-        raise ValueError(f"{ckpt} was trained on {expert.made_for['data']}: the suites need one trained on shapes")
+    if expert.made_for.get("data") != "shapes":
+        raise ValueError(f"{ckpt} was trained on {expert.made_for.get('data')}: the suites need one trained on shapes")
     llm = llm_of(expert, None, device, pick_dtype(args.dtype, device)[0])
     for name in names:
         prompts, scenes = zip(*make_suite(name, args.prompts))

@@ -45,6 +45,13 @@ def positive(kind):
     return parse
 
 
+def seed_number(text: str) -> int:
+    """argparse type: a seed that every generator takes."""
+    if not 0 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to {2**31 - 1}")
+    return int(text)
+
+
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
@@ -157,6 +164,8 @@ def load_expert(ckpt: str, device: torch.device) -> ImageExpert:
 def llm_of(expert: ImageExpert, name: str | None, device, dtype, trust_remote_code: bool = False) -> FrozenLLM:
     """The LLM that an expert was trained with; another one, or another revision of it, is refused."""
     made_for = expert.made_for
+    if not {"llm", "llm_fingerprint"} <= made_for.keys():
+        raise ValueError("this checkpoint does not say which LLM it was trained with; expected one that train.py wrote")
     llm = load_llm(name or made_for["llm"], device, dtype, trust_remote_code=trust_remote_code)
     if llm.fingerprint != made_for["llm_fingerprint"]:
         raise ValueError(
@@ -179,7 +188,7 @@ def main() -> None:
     parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
                         help="guide only while t is between these (0 is noise, 1 is the picture)")  # fmt: skip
     parser.add_argument("--renorm", action="store_true", help="keep a guided velocity no longer than the unguided one")
-    parser.add_argument("--seed", type=int, default=0, help="picture k of a prompt starts from the noise of seed + k")
+    parser.add_argument("--seed", type=seed_number, default=0, help="picture k of a prompt starts from the noise of seed + k")
     parser.add_argument("--batch-size", type=positive(int), default=64, help="pictures drawn at once")
     parser.add_argument("--out", default="samples", help="folder for the pictures")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")

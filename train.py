@@ -28,7 +28,17 @@ from tqdm import tqdm
 from data import Folder, Shapes, open_source
 from flow import flow_loss, sample_time
 from model import FrozenLLM, ImageExpert, load_llm, read_safetensors, text_layers
-from sample import OneLineParser, captioned_grid, draw, one_line_errors, pick_device, pick_dtype, positive, to_tensor
+from sample import (
+    OneLineParser,
+    captioned_grid,
+    draw,
+    one_line_errors,
+    pick_device,
+    pick_dtype,
+    positive,
+    seed_number,
+    to_tensor,
+)
 
 LOOK_AHEAD = 32  # steps whose captions go to the LLM together
 LOG_EVERY = 50  # steps a line of metrics.jsonl
@@ -77,7 +87,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--patch", type=positive(int), default=8, help="side of a patch in pixels")
     add("--image-size", type=positive(int), default=32, help="side of the pictures in pixels")
     add("--context-cache-mb", type=positive(float), default=512, help="most memory for captions' keys and values, in MB")
-    add("--seed", type=int, default=0, help="of the weights, the data and the noise")
+    add("--seed", type=seed_number, default=0, help="of the weights, the data and the noise")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and of autocast")
     add("--compile", action="store_true", help="torch.compile the expert: faster steps after a minute or two")
@@ -327,7 +337,7 @@ def train(run: Run) -> None:
             break
     progress.close()
     if skipped := getattr(run.source, "skipped", None):
-        print(f"{len(skipped)} pictures did not decode and were skipped")
+        print(f"pictures that did not decode and were skipped: {len(skipped)}")
     images_per_second, llm_share = metrics.speed()
     print(f"{images_per_second:.0f} images/s, the LLM took {llm_share:.0%} of the training time; "
           f"{(time.perf_counter() - started) / 60:.1f} minutes, peak memory {peak_memory_gb(run.device)}")  # fmt: skip

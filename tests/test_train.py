@@ -151,7 +151,7 @@ def test_one_batch_is_overfitted(tiny_run):
     assert last < 0.1 * first, f"from {first:.3f} to {last:.3f}"
 
 
-def test_training_on_a_folder(tiny_run, tmp_path):
+def test_training_on_a_folder(tiny_run, tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()
     for name, color in (("a", "red"), ("b", "blue")):
@@ -161,6 +161,7 @@ def test_training_on_a_folder(tiny_run, tmp_path):
     (folder / "c.txt").write_text("broken")
     with pytest.warns(UserWarning, match="does not decode"):
         train.main([*tiny_run, "--steps", "2", "--data", str(folder)])
+    assert "did not decode and were skipped: 1" in capsys.readouterr().out
     assert Image.open(tmp_path / "run" / "samples-000002.png").width > 100
 
 
@@ -200,7 +201,7 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_run, llm_folder, t
         with pytest.raises((ValueError, OSError), match=message):
             start(*tiny_run, *flags)
         assert not out.exists(), f"{flags} left {list(out.iterdir())}"
-    for flags in (["--steps", "0"], ["--batch-size", "-4"], ["--lr", "0"], ["--steps", "many"]):
+    for flags in (["--steps", "0"], ["--batch-size", "-4"], ["--lr", "0"], ["--steps", "many"], ["--seed", "-1"]):
         with pytest.raises(SystemExit) as stop:
             start(*tiny_run, *flags)
         assert stop.value.code == 2
