@@ -1,6 +1,6 @@
 """Teach an image expert to draw what a frozen LLM reads.
 
-    python train.py                                    # shapes, gemma-3-270m: about 20 minutes on two CPU cores
+    python train.py                                    # shapes, gemma-3-270m: under 25 minutes on two CPU cores
     python train.py --llm Qwen/Qwen2.5-0.5B            # any Hugging Face decoder
     python train.py --data FOLDER --image-size 64      # your own captioned pictures
     python train.py --resume --out runs/shapes         # go on where a run stopped, bit for bit
@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
         help="folder of the run (default: runs/, the name of the data and, if another is asked for, of the LLM)",
     )
     add("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    add("--steps", type=positive(int), default=3400, help="optimizer steps")
+    add("--steps", type=positive(int), default=3200, help="optimizer steps")
     add("--batch-size", type=positive(int), default=64, help="pictures a step")
     add(
         "--draws",
