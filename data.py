@@ -70,7 +70,13 @@ def _hashed_tenth(items: set) -> set:
     return set(sorted(items, key=lambda item: hashlib.sha256(repr(item).encode()).digest())[: len(items) // 10])
 
 
-# Never in a training caption: a tenth of the pairs (names of one and the same RGB fall together) and of the triples.
+# Never a training caption, word for word: the prompts that evaluate.py asks for.
+PROMPTS = Path(__file__).parent / "assets" / "prompts"
+TEST_PROMPTS = frozenset(
+    json.loads(line)["prompt"].lower() for path in sorted(PROMPTS.glob("*.jsonl")) for line in path.open(encoding="utf-8")
+)
+
+# Never in a training caption either: a tenth of the pairs (names of one and the same RGB fall together) and of the triples.
 _PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 _TRIPLES = [(a, relation, b) for a in SHAPES for relation in RELATIONS for b in SHAPES]
 _held_out_rgb = _hashed_tenth({(COLORS[color], shape) for color, shape in _PAIRS})
@@ -269,9 +275,9 @@ class Shapes:
     def __init__(self, image_size: int, seed: int = 0):
         self.image_size, self.seed = image_size, seed
 
-    def _group(self, count: int, rng: np.random.Generator) -> Group:
-        kind = rng.random()
-        color = None if kind < 0.06 else str(rng.choice(CANONICAL_COLORS if kind < 0.7 else COLOR_NAMES))
+    def _group(self, count: int, colorless: float, rng: np.random.Generator) -> Group:
+        canonical = rng.random() < 2 / 3
+        color = None if rng.random() < colorless else str(rng.choice(CANONICAL_COLORS if canonical else COLOR_NAMES))
         shape = str(rng.choice(SHAPES))
         return Group(count, color, shape, str(rng.choice(["small", "large"])) if rng.random() < 0.15 else None)
 
@@ -280,25 +286,33 @@ class Shapes:
         while True:
             kind = rng.random()
             relation = None
-            if kind < 0.40:  # one object
+            if kind < 0.33:  # one object
                 counts = (1,)
-            elif kind < 0.50:  # two to four of a kind
+            elif kind < 0.45:  # two to four of a kind
                 counts = (int(rng.integers(2, 5)),)
-            elif kind < 0.62:  # two kinds, without a word on where they stand
-                counts = [(1, 1), (1, 1), (1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1)][rng.integers(8)]
+            elif kind < 0.65:  # two kinds, without a word on where they stand
+                counts = [(1, 1), (1, 1), (1, 1), (1, 1), (1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1)][rng.integers(10)]
             else:  # one left of, right of, above or below another
                 counts, relation = (1, 1), str(rng.choice(list(RELATIONS)))
-            groups = tuple(self._group(count, rng) for count in counts)
+            colorless = 1.0 if rng.random() < 0.12 else 0.04  # a scene without any colour word, or a group here and there
+            groups = tuple(self._group(count, colorless, rng) for count in counts)
             shapes, colors = [g.shape for g in groups], [COLORS.get(g.color) for g in groups]
             alike = len(groups) == 2 and shapes[0] == shapes[1] and (None in colors or colors[0] == colors[1])
             scene = Scene(groups, relation)
             if not alike and not scene.is_held_out():
                 return scene
 
-    def example(self, index: int, draws: int) -> tuple[str, np.ndarray]:
+    def caption(self, index: int) -> tuple[str, Scene, np.random.Generator]:
+        """The caption of an example, what it asks for, and the generator that goes on to draw it."""
         rng = np.random.default_rng([self.seed, index])
-        scene = self.scene(rng)
-        caption = write_caption(scene, rng)
+        while True:
+            scene = self.scene(rng)
+            caption = write_caption(scene, rng)
+            if caption.lower() not in TEST_PROMPTS:
+                return caption, scene, rng
+
+    def example(self, index: int, draws: int) -> tuple[str, np.ndarray]:
+        caption, scene, rng = self.caption(index)
         return caption, np.stack([draw_things(lay_out(scene, rng), self.image_size) for _ in range(draws)])
 
 

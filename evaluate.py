@@ -1,25 +1,35 @@
-"""Score a run exactly: draw prompts whose scene is known, and let judge.py read the pictures back.
+"""Does the LLM's knowledge reach the picture? Exact scores on fixed prompts, none of which training has seen.
 
-    python evaluate.py --ckpt runs/shapes
-    python evaluate.py --ckpt runs/shapes --suite two --prompts 400 --guidance 2
+    python evaluate.py --ckpt runs/shapes                                  # every suite: a table, a JSON, a picture each
+    python evaluate.py --ckpt runs/shapes --suite languages,colors --n 4
+    python evaluate.py --ckpt runs/shapes --versus runs/shapes-random-llm  # side by side
+    python evaluate.py --ckpt runs/shapes --probe                          # what the LLM knows, and how much of it is drawn
 
-Suites: `one` asks for one object ("a red circle"), `two` for two and how they stand ("a red circle left of a blue square"),
-in GenEval's ten colours, without the colour-shape pairs and the relations that training holds out; `unseen` asks for
-those alone. Prompts are drawn from a fixed seed; the share that is right comes with its 95 % Wilson interval.
+No network judges: judge.py reads every picture by geometry. Prompts: assets/prompts/SUITE.jsonl, one JSON object a line with
+row (of the table), prompt, groups ([count, color or null, shape]), and where it applies relation, or rgb (the exact colour).
 """
 
 import argparse
+import json
+import os
+import unicodedata
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
+from statistics import median
 
 import numpy as np
+import torch
+from PIL import Image, ImageDraw
 
-from data import CANONICAL_COLORS, RELATIONS, SHAPES, Group, Scene
-from judge import judge
+from data import BACKGROUND, COLORS, PROMPTS, SHAPES, Group, Scene, Shapes
+from judge import BASIC_COLORS, Found, Verdict, basic_color, delta_e, judge, lab
+from model import FrozenLLM, ImageExpert
 from sample import (
     OneLineParser,
-    captioned_grid,
+    caption_font,
     draw,
     llm_of,
     load_expert,
@@ -31,64 +41,335 @@ from sample import (
     seed_number,
 )
 
+SUITES = ("geneval", "unseen", "languages", "colors", "emoji", "ascii", "knowledge", "parrot")
+LEFT_OUT = {"languages": {"English"}}  # rows that a suite's mean leaves out: they are there to compare with
+NEAR = 15.0  # CIE76 delta E within which a colour counts as the one that was asked for by its numbers
 
-def make_suite(name: str, n: int) -> list[tuple[str, Scene]]:
-    """n prompts and the scenes they ask for, always the same ones."""
-    rng, suite = np.random.default_rng(2026), []
-    while len(suite) < n:
-        groups = tuple(Group(1, str(rng.choice(CANONICAL_COLORS)), str(rng.choice(SHAPES))) for _ in range(2))
-        relation = str(rng.choice(list(RELATIONS)))
-        scene = Scene(groups[:1]) if name == "one" else Scene(groups, relation)
-        if scene.is_held_out() != (name == "unseen") or groups[0] == groups[1]:
-            continue
-        a, b = (("an " if g.color[0] in "aeio" else "a ") + f"{g.color} {g.shape}" for g in groups)
-        suite.append((a if name == "one" else f"{a} {relation} {b}", scene))
-    return suite
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts and verdicts
 
 
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Prompt:
+    row: str
+    text: str
+    scene: Scene
+    rgb: tuple[int, int, int] | None = None  # where the colour asked for is exact, and no word of data.COLORS
+
+
+def read_suite(name: str, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a suite; with a limit, the first so many of each row."""
+    rows: dict[str, list[Prompt]] = {}
+    for line in (PROMPTS / f"{name}.jsonl").read_text("utf-8").splitlines():
+        record = json.loads(line)
+        scene = Scene(tuple(Group(*group) for group in record["groups"]), record.get("relation"))
+        rgb = tuple(record["rgb"]) if "rgb" in record else None
+        rows.setdefault(record["row"], []).append(Prompt(record["row"], record["prompt"], scene, rgb))
+    return [prompt for row in rows.values() for prompt in row[:limit]]
+
+
+@dataclass(frozen=True)
+class Grade:
+    """reason: why the picture is wrong, None if it is right (see judge.Verdict). off: how far its colour is from the one
+    asked for, where it has the shapes: in delta E where the prompt gives numbers, else in RGB, 0 to 441."""
+
+    reason: str | None
+    off: float | None
+    verdict: Verdict
+
+
+def grade(prompt: Prompt, picture: np.ndarray) -> Grade:
+    verdict = judge(picture, prompt.scene)
+    if prompt.rgb is None:
+        return Grade(verdict.reason, verdict.rgb_distance, verdict)
+    if not verdict.ok:
+        return Grade(verdict.reason, None, verdict)
+    off = delta_e(verdict.found[0].rgb, prompt.rgb)
+    return Grade(None if off < NEAR else "wrong color", off, verdict)
+
+
+def wilson(right: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927)."""
-    middle, half = right + z * z / 2, z * sqrt(right * (n - right) / n + z * z / 4)
-    return (middle - half) / (n + z * z), (middle + half) / (n + z * z)
+    middle, half = right + z * z / 2, z * sqrt(max(0.0, right * (n - right) / n) + z * z / 4)
+    return max(0.0, (middle - half) / (n + z * z)), min(1.0, (middle + half) / (n + z * z))
 
 
-def main() -> None:
+def tally(grades: list[Grade]) -> dict:
+    """One row of the table: its score with the interval, why the others are wrong, the median distance of the colours."""
+    right, n = sum(g.reason is None for g in grades), len(grades)
+    offs = [g.off for g in grades if g.off is not None]
+    wrong = dict(Counter(g.reason for g in grades if g.reason).most_common())
+    return {
+        "score": right / n,
+        "interval": wilson(right, n),
+        "n": n,
+        "wrong": wrong,
+        "color_off": median(offs) if offs else None,
+    }
+
+
+def mean_of_rows(rows: list[dict]) -> dict:
+    """The mean of the rows' scores, as GenEval takes it. Its interval is Wilson's for as many pictures as would give an equal
+    share the same variance: n_eff = R^2 / sum of 1/n, which is all of them where the rows are of one size."""
+    score = sum(row["score"] for row in rows) / len(rows)
+    n_eff = len(rows) ** 2 / sum(1 / row["n"] for row in rows)
+    wrong = sum((Counter(row["wrong"]) for row in rows), Counter())
+    return {"score": score, "interval": wilson(score * n_eff, n_eff), "n": sum(row["n"] for row in rows), "wrong": dict(wrong)}
+
+
+def summarize(suite: str, prompts: list[Prompt], grades: list[Grade]) -> dict:
+    """Every row of a suite, their mean, and for languages, one object and two apart. -> JSON."""
+    rows: dict[str, list[tuple[Prompt, Grade]]] = {}
+    for prompt, g in zip(prompts, grades):
+        rows.setdefault(prompt.row, []).append((prompt, g))
+    result = {"rows": {row: tally([g for _, g in pairs]) for row, pairs in rows.items()}}
+    counted = [pairs for row, pairs in rows.items() if row not in LEFT_OUT.get(suite, ())]
+    if suite in LEFT_OUT:
+        for name, groups in (("one object", 1), ("two objects", 2)):
+            part = [[g for prompt, g in pairs if len(prompt.scene.groups) == groups] for pairs in counted]
+            if all(part):
+                result[name] = mean_of_rows([tally(some) for some in part])
+    return result | {"mean": mean_of_rows([tally([g for _, g in pairs]) for pairs in counted])}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the reader sees
+
+
+def print_suite(suite: str, results: list[dict]) -> None:
+    """One run, or two side by side."""
+
+    def cells(result: dict) -> str:
+        low, high = result["interval"]
+        return f"{result['score']:5.2f}  {low:.2f} to {high:.2f}"
+
+    def line(name: str, entries: list[dict]) -> None:
+        text = f"  {name:24}" + "   ".join(map(cells, entries)) + f"  {entries[0]['n']:5}"
+        off = entries[0].get("color_off")
+        text += " " * 8 if off is None else f"{off:8.0f}"
+        print(text + ("  " + ", ".join(f"{n} {why}" for why, n in entries[0]["wrong"].items()) if len(entries) == 1 else ""))
+
+    unit = "dE" if suite == "colors" else "RGB"
+    print(f"{suite:26}" + "   ".join(["right  95 %        "] * len(results)) + f"      n  {'off, ' + unit:>6}"
+          + ("  wrong because" if len(results) == 1 else ""))  # fmt: skip
+    for row in results[0]["rows"]:
+        line(row, [result["rows"][row] for result in results])
+    for name in ("one object", "two objects", "mean"):
+        if name in results[0]:
+            line(f"{name}, without English" if suite in LEFT_OUT else name, [result[name] for result in results])
+    print(flush=True)
+
+
+GREEN, RED = (40, 150, 60), (200, 50, 50)
+
+
+def sheet(prompts: list[Prompt], runs: list[tuple[str, np.ndarray, list[Grade]]], columns: int = 8) -> Image.Image:
+    """A suite at a glance: a line of pictures for each row, evenly picked, with their prompts; green frames are right, red
+    wrong. Two runs stand side by side. runs: name, pictures (prompts, height, width, 3), grades."""
+    columns = columns // len(runs)
+    rows: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(prompt.row, []).append(i)
+    side, width, text_height, label_height, gap = 72, 116, 40, 18, 6
+    block = columns * width + 16
+    height = label_height + gap + side + text_height
+    image = Image.new("RGB", (gap + block * len(runs), label_height + len(rows) * height), "white")
+    ink = ImageDraw.Draw(image)
+    for k, (name, pictures, grades) in enumerate(runs):
+        ink.text((gap + k * block, 2), name, fill="black", font=caption_font(name, 13))
+        for r, (row, members) in enumerate(rows.items()):
+            y = label_height + r * height
+            score = sum(grades[i].reason is None for i in members) / len(members)
+            ink.text((gap + k * block, y), f"{row}: {score:.2f}", fill=(90, 90, 90), font=caption_font(row, 12))
+            for c, i in enumerate(members[j] for j in spread(len(members), columns)):
+                x, top = gap + k * block + c * width, y + label_height
+                frame = GREEN if grades[i].reason is None else RED
+                ink.rectangle((x, top, x + side + 3, top + side + 3), fill=frame)
+                picture = Image.fromarray(pictures[i]).resize((side, side), Image.Resampling.NEAREST)
+                image.paste(picture, (x + 2, top + 2))
+                write_small(ink, (x, top + side + 5), prompts[i].text, width - 6, lines=3)
+    return image
+
+
+def spread(n: int, k: int) -> list[int]:
+    """k of n places, evenly spread, the first among them."""
+    return [i * n // min(n, k) for i in range(min(n, k))]
+
+
+def write_small(ink: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, lines: int) -> None:
+    """A prompt, broken into lines between words, or inside a word that is too long."""
+    text = "".join(f"[{unicodedata.name(c, c).lower()}]" if ord(c) >= 0x1F000 else c for c in text)  # few fonts have emoji
+    font = caption_font(text, 10)
+    done, now = [], ""
+    for character in text:
+        if character == "\n" or ink.textlength(now + character, font) > width:
+            head, space, tail = ("", "", now) if character == "\n" else now.rpartition(" ")
+            done, now = ([*done, head], tail) if space else ([*done, now], "")
+        now += character.strip("\n")
+    ink.multiline_text(place, "\n".join([*done, now][:lines]), fill="black", font=font, spacing=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# does the LLM know it, or does the expert not hear it?
+
+
+def ridge(X: torch.Tensor, Y: torch.Tensor, strength: float = 0.05) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Ridge regression on standardized features, in its dual form: there are more features than captions."""
+    middle, scale = X.mean(0), (X.std(0) + 1e-3) * X.shape[1] ** 0.5
+    Z = (X - middle) / scale
+    weights = Z.T @ torch.linalg.solve(Z @ Z.T + strength * torch.eye(len(Z)), Y - Y.mean(0))
+    return lambda new: (new - middle) / scale @ weights + Y.mean(0)
+
+
+def hear(llm: FrozenLLM, captions: list[str]) -> list[torch.Tensor]:
+    """What the LLM hands over of each caption, layer by layer: its values, the mean over the text tokens, (B, G Dv)."""
+    parts = []
+    for start in range(0, len(captions), 256):
+        context = llm.context(captions[start : start + 256])
+        lengths = context.lengths[:, None, None].clamp_min(1)
+        parts.append([(v.float().sum(2) / lengths).flatten(1).cpu() for v in context.values])  # padding is zero
+    return [torch.cat(layer) for layer in zip(*parts)]
+
+
+def probe(llm: FrozenLLM, graded: list[tuple[str, Prompt, Grade]], seed: int, captions: int = 2000) -> dict:
+    """Linear probes from each layer of the LLM to colour and shape, fitted on training captions of one thing, tested on the
+    prompts of one thing; and the same measure of the pictures. graded: suite, prompt, and the grade of its picture.
+
+    -> {"layer 3" or "picture": {column: (share of colours right, share of shapes right)}}. A colour is right if its basic
+    term is; where the prompt gives numbers, if it is less than NEAR away.
+    """
+    source, examples = Shapes(8, seed), []
+    for i in range(20 * captions):
+        caption, scene, _ = source.caption(i)
+        if len(scene.groups) == 1 and scene.groups[0].count == 1 and scene.groups[0].color and len(examples) < captions:
+            examples.append((caption, COLORS[scene.groups[0].color], scene.groups[0].shape))
+    terms = list(BASIC_COLORS)
+    targets = torch.zeros(captions, len(terms) + len(SHAPES) + 3)
+    for target, (_, rgb, shape) in zip(targets, examples):
+        target[terms.index(basic_color(rgb))] = target[len(terms) + SHAPES.index(shape)] = 1
+        target[-3:] = torch.tensor(lab(rgb))
+
+    columns: dict[str, list[tuple[Prompt, Grade]]] = {}
+    for suite, prompt, g in graded:
+        if len(prompt.scene.groups) == 1 and prompt.scene.groups[0].count == 1:
+            row = "" if suite == "knowledge" else f" {prompt.row}"
+            columns.setdefault(suite + row, []).append((prompt, g))
+
+    def shares(column: str, answers: list[tuple[str, np.ndarray, str | None]]) -> tuple[float | None, float]:
+        """answers: basic term, Lab and shape, one for each prompt of the column."""
+        colors, shapes = [], []
+        for (prompt, _), (term, color, shape) in zip(columns[column], answers):
+            group = prompt.scene.groups[0]
+            shapes.append(shape == group.shape)
+            if prompt.rgb:
+                colors.append(np.linalg.norm(color - lab(prompt.rgb)) < NEAR)
+            elif group.color:
+                colors.append(term == basic_color(COLORS[group.color]))
+        return float(np.mean(colors)) if colors else None, float(np.mean(shapes))
+
+    heard = hear(llm, [caption for caption, *_ in examples])
+    tests = {column: hear(llm, [prompt.text for prompt, _ in pairs]) for column, pairs in columns.items()}
+    table = {}
+    for number, layer in enumerate(llm.kept):
+        predict = ridge(heard[number], targets)
+        answers = {column: [(terms[out[: len(terms)].argmax()], out[-3:].numpy(), SHAPES[out[len(terms) : -3].argmax()])
+                            for out in predict(test[number])] for column, test in tests.items()}  # fmt: skip
+        table[f"layer {layer.index}"] = {column: shares(column, some) for column, some in answers.items()}
+    drawn = {column: [largest(g) for _, g in pairs] for column, pairs in columns.items()}
+    drawn = {column: [(thing.color, lab(thing.rgb), thing.shape) for thing in things] for column, things in drawn.items()}
+    return table | {"picture": {column: shares(column, some) for column, some in drawn.items()}}
+
+
+def largest(g: Grade) -> Found:
+    """The largest thing of a picture; the background where there is none."""
+    return max(g.verdict.found, key=lambda thing: thing.radius, default=Found(None, BACKGROUND, "grey", 0.5, 0.5, 0.5, 0.0))
+
+
+def print_probe(table: dict) -> None:
+    names = list(table["picture"])
+    for i, name in enumerate(names):
+        print(f"  {i + 1:2} {name}")
+    print(f"{'color/shape right':18}" + "".join(f"{i + 1:^11}" for i in range(len(names))))
+    for row, cells in table.items():
+        shown = ("   -" if color is None else f"{color:4.2f}" for color, _ in cells.values())
+        print(f"{row:18}" + "".join(f"{color}/{shape:4.2f}  " for color, (_, shape) in zip(shown, cells.values())))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description="Score a run's pictures.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--ckpt", help="a run's folder or a Hub id (default: the newest run under runs/)")
-    parser.add_argument("--suite", default="one,two,unseen", help="which suites, with commas")
-    parser.add_argument("--prompts", type=positive(int), default=100, help="prompts of each suite, one picture each")
-    parser.add_argument("--steps", type=positive(int), default=24, help="Euler steps")
-    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1 is none")
-    parser.add_argument("--renorm", action="store_true", help="keep a guided velocity no longer than the unguided one")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of the noise")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert"
-    )
-    args = parser.parse_args()
-    ckpt = args.ckpt or str(newest_run())
-    names = args.suite.split(",")
-    if unknown := set(names) - {"one", "two", "unseen"}:
-        raise ValueError(f"--suite {unknown.pop()}: expected some of one,two,unseen")
-    device, _ = pick_device(args.device)
+    add = parser.add_argument
+    add("--ckpt", help="a run's folder or a Hub id (default: the newest run under runs/)")
+    add("--versus", help="another run, to stand beside it")
+    add("--suite", default=",".join(SUITES), help="which suites, with commas")
+    add("--probe", action="store_true", help="also probe the LLM's layers for colour and shape")
+    add("--n", type=positive(int), default=1, help="pictures of each prompt")
+    add("--limit", type=positive(int), help="only the first so many prompts of each row, for a quick look")
+    add("--steps", type=positive(int), default=24, help="Euler steps")
+    add("--guidance", type=float, default=3.0, help="guidance scale; 1 is none")
+    add("--seed", type=seed_number, default=0, help="of the noise: picture k of all starts from seed + k")
+    add("--out", help="folder for evaluate.json and the pictures (default: the run's own)")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert")
+    args = parser.parse_args(argv)
+    args.suite = args.suite.split(",")
+    if unknown := [name for name in args.suite if name not in SUITES]:
+        raise ValueError(f"--suite {unknown[0]}: expected some of {','.join(SUITES)}")
+    args.ckpt = args.ckpt or str(newest_run())
+    args.out = args.out or (args.ckpt if Path(args.ckpt).is_dir() else "evaluation")
+    return args
+
+
+def open_run(ckpt: str, device: torch.device, dtype: torch.dtype) -> tuple[ImageExpert, FrozenLLM]:
     expert = load_expert(ckpt, device)
     if expert.made_for.get("data") != "shapes":
-        raise ValueError(f"{ckpt} was trained on {expert.made_for.get('data')}: the suites need one trained on shapes")
-    llm = llm_of(expert, None, device, pick_dtype(args.dtype, device)[0])
+        raise ValueError(f"{ckpt} was trained on {expert.made_for.get('data')}: all suites here need a run on shapes")
+    return expert, llm_of(expert, None, device, dtype)
+
+
+def save_results(path: Path, results: dict) -> None:
+    """Put them beside those of other suites that are there, all at once."""
+    old = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(old | results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device, _ = pick_device(args.device)
+    dtype, _ = pick_dtype(args.dtype, device)
+    names = [args.ckpt] + ([args.versus] if args.versus else [])
+    runs = [(name, *open_run(name, device, dtype)) for name in names]
+    settings = {"n": args.n, "steps": args.steps, "guidance": args.guidance, "seed": args.seed, "limit": args.limit}
+    made_for = {name: expert.made_for for name, expert, _ in runs}
+    results, graded = {name: {"made_for": made_for[name]} for name in names}, []
+    for suite in args.suite:
+        prompts = [prompt for prompt in read_suite(suite, args.limit) for _ in range(args.n)]
+        seeds = [args.seed + i for i in range(len(prompts))]  # a noise of its own for each picture
+        drawn = []
+        for name, expert, llm in runs:
+            pictures = draw(expert, llm, [prompt.text for prompt in prompts], seeds, args.steps, args.guidance)
+            grades = [grade(prompt, picture) for prompt, picture in zip(prompts, pictures)]
+            drawn.append((name, pictures, grades))
+            results[name][suite] = {"settings": settings} | summarize(suite, prompts, grades)
+        graded += [(suite, prompt, g) for prompt, g in zip(prompts, drawn[0][2])]
+        print_suite(suite, [results[name][suite] for name in names])
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        sheet(prompts, drawn).save(Path(args.out) / f"evaluate-{suite}.png")
+    if args.probe:
+        _, expert, llm = runs[0]
+        llm.keep(range(len(llm.layers)))
+        table = probe(llm, graded, args.seed)
+        print_probe(table)
+        results[args.ckpt]["probe"] = table
     for name in names:
-        prompts, scenes = zip(*make_suite(name, args.prompts))
-        seeds = [args.seed + i for i in range(len(prompts))]  # a noise of its own for each prompt
-        pictures = draw(expert, llm, list(prompts), seeds, args.steps, args.guidance, renorm=args.renorm)
-        verdicts = [judge(picture, scene) for picture, scene in zip(pictures, scenes)]
-        right = sum(verdict.ok for verdict in verdicts)
-        low, high = wilson(right, len(verdicts))
-        why = ", ".join(f"{n} {reason}" for reason, n in Counter(v.reason for v in verdicts if not v.ok).most_common())
-        print(
-            f"{name:7} {right / len(verdicts):.2f}  [{low:.2f}, {high:.2f}] of {len(verdicts)}"
-            + (f"; wrong: {why}" if why else "")
-        )
-        marked = [prompt + ("" if verdict.ok else f" ({verdict.reason})") for prompt, verdict in zip(prompts, verdicts)]
-        captioned_grid(pictures[:32, None], marked[:32], columns=8).save(Path(ckpt) / f"evaluate-{name}.png")
+        folder = args.out if name == args.ckpt else name
+        save_results(Path(folder) / "evaluate.json", results[name])
+    print(f"{Path(args.out) / 'evaluate.json'}, and a picture of each suite beside it: green frames are right, red are wrong")
 
 
 if __name__ == "__main__":

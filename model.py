@@ -82,6 +82,7 @@ class FrozenLLM:
 
     Keys and values are kept per caption, up to cache_mb megabytes (MB = 10^6 bytes), the least recently used go first.
     `seconds` adds up the time spent in the LLM. ValueError if the model has no key-value cache or is not causal.
+    `read` sets what stands around a caption, `keep` which layers are handed over.
     """
 
     def __init__(self, model, tokenizer, name: str, cache_mb: float = 512):
@@ -95,6 +96,7 @@ class FrozenLLM:
         self._warned = False
         self.layers, self.cache_index, self.frequencies = self._probe()
         self.keep(range(len(self.layers)))
+        self.read()
 
     # -- what kind of model is this: asked of its behaviour, not of its name
 
@@ -156,18 +158,37 @@ class FrozenLLM:
         self._cached.clear()
         self._cached_bytes = 0
 
+    def read(self, template: str = "{}", expose: str = "all") -> None:
+        """How a caption is read: put into the template, where {} stands; and which tokens the image may then look at, "all" or
+        only those "after" the caption. Empties the cache. ValueError if the template has not one {}, or nothing after it.
+
+        A causal LLM has read the whole caption only at its end, and there it says what comes next. After "In English:" that is
+        the caption in English: what words of another language mean is then in the keys and values, before any is generated.
+        """
+        if template.count("{}") != 1:
+            raise ValueError(f"--template {template!r}: expected a text with one {{}}, where the caption stands")
+        self._before, after = template.split("{}")
+        self._after = self.tokenizer(after, add_special_tokens=False).input_ids if after else []
+        if expose == "after" and not self._after:
+            raise ValueError(f"--expose after: the template {template!r} has no text after the caption")
+        self.expose = expose
+        self._cached.clear()
+        self._cached_bytes = 0
+
     # -- captions to contexts
 
     def tokenize(self, caption: str) -> list[int]:
-        ids = self.tokenizer(caption).input_ids
-        if len(ids) > self.max_tokens:
+        """The caption in its template; where the LLM takes no more tokens, the caption is cut."""
+        ids, room = self.tokenizer(self._before + caption).input_ids, self.max_tokens - len(self._after)
+        if len(ids) > room:
             if not self._warned:
-                warnings.warn(
-                    f"a caption of {len(ids)} tokens is cut to the {self.max_tokens} that {self.name} takes",
-                    stacklevel=3,
-                )
+                warnings.warn(f"a caption of {len(ids)} tokens is cut to the {room} that {self.name} takes", stacklevel=3)
             self._warned = True
-        return ids[: self.max_tokens]
+        return ids[:room] + self._after
+
+    def hidden(self, length: int) -> int:
+        """How many of a caption's tokens, the first ones, the image may not look at."""
+        return length - len(self._after) if self.expose == "after" else 0
 
     def _encode(self, rows: list[list[int]], length: int) -> Tensor:
         """Token rows -> (ROWS, length, W): keys and values of all kept layers side by side, W = sum of G (Dk + Dv).
@@ -204,7 +225,7 @@ class FrozenLLM:
                 chunk = group[start : start + ROWS]
                 packed = self._encode([ids for _, ids in chunk], length)
                 for row, (caption, ids) in zip(packed, chunk):
-                    found[caption] = self._cached[caption] = row[: len(ids)].clone()
+                    found[caption] = self._cached[caption] = row[self.hidden(len(ids)) : len(ids)].clone()
                     self._cached_bytes += found[caption].nbytes
         if missing and self.device.type == "cuda":
             torch.cuda.synchronize()  # so that the time is the LLM's
@@ -295,9 +316,13 @@ def ask_hub(name: str) -> str | None:
 
 
 def load_llm(
-    name: str, device: torch.device, dtype: torch.dtype, cache_mb: float = 512, trust_remote_code: bool = False
-) -> FrozenLLM:
-    """Hub id, local folder, .gguf file or built-in name -> FrozenLLM. ValueError, in one line, if that cannot be."""
+    name: str, device: torch.device, dtype: torch.dtype, cache_mb: float = 512, trust_remote_code: bool = False,
+    random_seed: int | None = None,
+) -> FrozenLLM:  # fmt: skip
+    """Hub id, local folder, .gguf file or built-in name -> FrozenLLM. ValueError, in one line, if that cannot be.
+
+    random_seed: the same architecture and tokenizer, but with fresh weights from this seed, as a control.
+    """
     transformers.logging.set_verbosity_error()  # its own warnings and bars would drown the one line that matters
     transformers.logging.disable_progress_bar()
 
@@ -328,7 +353,10 @@ def load_llm(
             ways = f"a local folder, a .gguf file, or {', '.join(BUILT_IN)}"
             raise ValueError(f"--llm {name}: {why}; other ways: {ways}") from None
         model, tokenizer = load(local_files_only=False)
-    return FrozenLLM(model.to(device), tokenizer, name, cache_mb)
+    if random_seed is not None:
+        torch.manual_seed(random_seed)
+        model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return FrozenLLM(model.to(device, dtype), tokenizer, name, cache_mb)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -550,6 +578,8 @@ def joint_forward(llm: FrozenLLM, expert: ImageExpert, x_t: Tensor, t: Tensor, c
     img, modulations, last = expert.begin(x_t, t)
     T, N = txt_ids.shape[1], img.shape[1]
     mask = hybrid_mask(lengths, T, N)
+    hidden = torch.tensor([llm.hidden(len(row)) for row in ids], device=llm.device)
+    img_mask = mask[:, :, T:] & (torch.arange(T + N, device=llm.device) >= hidden[:, None, None, None])
     tower = {llm.cache_index[block.layer.index]: (block, m) for block, m in zip(expert.blocks, modulations)}
 
     def attend(module, txt_q, txt_k, txt_v, attention_mask, scaling=None, **_):
@@ -565,7 +595,7 @@ def joint_forward(llm: FrozenLLM, expert: ImageExpert, x_t: Tensor, t: Tensor, c
         joint_v = torch.cat([txt_v, img_v], dim=2)  # (B, G, T+N, Dv)
         # the rows of one softmax, in two calls because the towers may differ in their number of query heads
         txt_out = joint_attention_definition(txt_q, joint_k, joint_v, mask[:, :, :T])
-        img_out = joint_attention_definition(img_q, joint_k, joint_v, mask[:, :, T:])
+        img_out = joint_attention_definition(img_q, joint_k, joint_v, img_mask)
         img = block.finish(img, img_out, m)
         return txt_out.transpose(1, 2), None
 

@@ -3,13 +3,20 @@
     python sample.py --prompt "a red circle left of a blue square"
     python sample.py --prompts FILE --ckpt runs/shapes --n 4 --seed 7 --out samples
 
-Writes every picture at its own size, and grid.png: all of them enlarged, with their prompts.
+    python sample.py --prompts evaluation_metadata.jsonl --layout geneval --out for-geneval
+
+Writes every picture at its own size, and grid.png: all of them enlarged, with their prompts; or, with --layout, the folders
+that the official evaluators of GenEval, DPG-Bench and WISE read.
 """
 
 import argparse
+import json
+import logging
 import re
+import subprocess
 import sys
 import textwrap
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -109,9 +116,16 @@ def draw(
     return np.concatenate(pictures)
 
 
-def _caption_font(size: int) -> ImageFont.FreeTypeFont:
-    """A system font that knows more letters than Pillow's own, if there is one."""
-    for name in ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"):
+@lru_cache(maxsize=64)
+def _font(size: int, unusual: str) -> ImageFont.FreeTypeFont:
+    names = ["DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"]
+    if unusual:  # ask fontconfig, where there is one, for a font that has these letters
+        try:
+            wanted = "sans:charset=" + " ".join(f"{ord(letter):x}" for letter in unusual)
+            names.insert(0, subprocess.run(["fc-match", "-f", "%{file}", wanted], capture_output=True, text=True).stdout)
+        except OSError:
+            pass
+    for name in names:
         try:
             return ImageFont.truetype(name, size)
         except OSError:
@@ -119,24 +133,29 @@ def _caption_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
+def caption_font(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """A system font that has the letters of a text, if there is one."""
+    letters = sorted({letter for letter in text if ord(letter) > 0x24F and letter.isprintable()})
+    return _font(size, "".join(letters[:4]))
+
+
 def captioned_grid(pictures: np.ndarray, captions: list[str], columns: int = 4) -> Image.Image:
     """pictures (prompts, n, height, width, 3) -> one image: a cell per prompt, its n pictures side by side, text below."""
     n, height, width = pictures.shape[1:4]
     scale = max(1, 128 // height)
     cell_width, cell_height, gap = n * (width * scale + 4) - 4, height * scale, 8
-    font = _caption_font(12)
     lines = [textwrap.wrap(caption, max(12, cell_width // 7)) or ["(no prompt)"] for caption in captions]
     text_height = 15 * max(map(len, lines)) + 4
     columns = max(1, min(columns if n == 1 else columns // 2, len(captions)))
     rows = -(-len(captions) // columns)
     sheet = Image.new("RGB", (gap + columns * (cell_width + gap), gap + rows * (cell_height + text_height + gap)), "white")
     ink = ImageDraw.Draw(sheet)
-    for i, (row, caption) in enumerate(zip(pictures, lines)):
+    for i, (row, text, caption) in enumerate(zip(pictures, lines, captions)):
         x, y = gap + i % columns * (cell_width + gap), gap + i // columns * (cell_height + text_height + gap)
         for k, picture in enumerate(row):
             enlarged = Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (x + k * (width * scale + 4), y))
-        ink.multiline_text((x, y + cell_height + 2), "\n".join(caption), fill="black", font=font, spacing=3)
+        ink.multiline_text((x, y + cell_height + 2), "\n".join(text), fill="black", font=caption_font(caption, 12), spacing=3)
     return sheet
 
 
@@ -149,6 +168,7 @@ def newest_run(folder: Path = Path("runs")) -> Path:
 
 def load_expert(ckpt: str, device: torch.device) -> ImageExpert:
     """A run's folder or a Hub id -> the expert. ValueError, in one line, if that cannot be."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it misses a config.json that stands in the weights' file
     if (Path(ckpt) / "model.safetensors").is_file():
         return ImageExpert.from_pretrained(ckpt).to(device)
     if Path(ckpt).exists() or len(Path(ckpt).parts) != 2:
@@ -166,23 +186,61 @@ def llm_of(expert: ImageExpert, name: str | None, device, dtype, trust_remote_co
     made_for = expert.made_for
     if not {"llm", "llm_fingerprint"} <= made_for.keys():
         raise ValueError("this checkpoint does not say which LLM it was trained with; expected one that train.py wrote")
-    llm = load_llm(name or made_for["llm"], device, dtype, trust_remote_code=trust_remote_code)
+    llm = load_llm(name or made_for["llm"], device, dtype, trust_remote_code=trust_remote_code,
+                   random_seed=made_for.get("random_llm"))  # fmt: skip
     if llm.fingerprint != made_for["llm_fingerprint"]:
         raise ValueError(
             f"this checkpoint was trained with {made_for['llm']} (weights {made_for['llm_fingerprint'][:12]}), not with "
             f"{llm.name} (weights {llm.fingerprint[:12]}): its keys and values mean something else"
         )
     llm.keep([block.layer.index for block in expert.blocks])
+    llm.read(made_for.get("template", "{}"), made_for.get("expose", "all"))
     return llm
+
+
+def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
+    """Name, text and record of each prompt: a file with a prompt a line; .jsonl or .json with objects that have "prompt"
+    (GenEval, WISE); a folder of .txt files with a prompt each (DPG-Bench). ValueError if it is none of these."""
+    if path.is_dir():
+        return [(file.stem, file.read_text("utf-8").strip(), {}) for file in sorted(path.glob("*.txt"))]
+    text = path.read_text("utf-8")
+    if path.suffix not in (".json", ".jsonl"):
+        return [(f"{i:05d}", line, {}) for i, line in enumerate(text.splitlines())]
+    try:
+        whole = path.suffix == ".json"
+        records = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
+        lower = [{key.lower(): value for key, value in record.items()} for record in records]
+        return [(str(x.get("prompt_id", f"{i:05d}")), x["prompt"], record) for i, (x, record) in enumerate(zip(lower, records))]
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f'{path}: expected JSON objects that have a "prompt" ({type(error).__name__}: {error})') from None
+
+
+LAYOUTS = {"geneval": 4, "dpg": 4, "wise": 1}  # pictures of each prompt that the evaluator expects
+
+
+def save_layout(layout: str, out: Path, prompts: list[tuple[str, str, dict]], pictures: np.ndarray) -> None:
+    """pictures (prompts, n, height, width, 3) as a benchmark's own evaluator reads them."""
+    for i, ((name, _, record), row) in enumerate(zip(prompts, pictures)):
+        if layout == "geneval":  # 00000/metadata.jsonl, 00000/samples/00000.png
+            samples = out / f"{i:05d}" / "samples"
+            samples.mkdir(parents=True, exist_ok=True)
+            (samples.parent / "metadata.jsonl").write_text(json.dumps(record) + "\n")
+            for k, picture in enumerate(row):
+                Image.fromarray(picture).save(samples / f"{k:05d}.png")
+        elif layout == "dpg":  # NAME.png: two by two
+            Image.fromarray(np.vstack([np.hstack(row[:2]), np.hstack(row[2:])])).save(out / f"{name}.png")
+        else:  # ID.png
+            Image.fromarray(row[0]).save(out / f"{name}.png")
 
 
 def main() -> None:
     parser = OneLineParser(description="Draw pictures of prompts.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given many times")
-    parser.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line")
+    parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, .json, .jsonl, or a folder of .txt files")
+    parser.add_argument("--layout", choices=LAYOUTS, help="write --prompts as this benchmark's evaluator reads them")
     parser.add_argument("--ckpt", help="a run's folder or a Hub id (default: the newest run under runs/)")
     parser.add_argument("--llm", help="where the checkpoint's LLM lies now, if it has moved; its weights must be the same")
-    parser.add_argument("--n", type=positive(int), default=1, help="pictures of each prompt")
+    parser.add_argument("--n", type=positive(int), help="pictures of each prompt (default: 1, or what --layout asks for)")
     parser.add_argument("--steps", type=positive(int), default=24, help="Euler steps")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1 is none")
     parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
@@ -198,9 +256,17 @@ def main() -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
     args = parser.parse_args()
 
-    prompts = args.prompt + (Path(args.prompts).read_text("utf-8").splitlines() if args.prompts else [])
+    listed = read_prompts(Path(args.prompts)) if args.prompts else []
+    prompts = args.prompt + [text for _, text, _ in listed]
     if not prompts:
         raise ValueError('nothing to draw: give --prompt "a red circle" (many times if you like) or --prompts FILE')
+    args.n = args.n or LAYOUTS.get(args.layout, 1)
+    if args.layout and (args.prompt or not listed):
+        raise ValueError(f"--layout {args.layout} needs the benchmark's own prompts: give --prompts, and no --prompt")
+    if args.layout in ("dpg", "wise") and args.n != LAYOUTS[args.layout]:
+        raise ValueError(f"--n {args.n}: the evaluator of {args.layout} expects {LAYOUTS[args.layout]} of each prompt")
+    if args.layout == "geneval" and not all("prompt" in record for *_, record in listed):
+        raise ValueError(f"{args.prompts}: --layout geneval needs GenEval's evaluation_metadata.jsonl")
     ckpt = args.ckpt or str(newest_run())
     device, why_device = pick_device(args.device)
     dtype, why_dtype = pick_dtype(args.dtype, device)
@@ -213,6 +279,10 @@ def main() -> None:
     pictures = draw(expert, llm, [prompt for prompt in prompts for _ in seeds], seeds * len(prompts), args.steps, args.guidance,
                     tuple(args.guidance_interval), args.renorm, args.batch_size)  # fmt: skip
     pictures = pictures.reshape(len(prompts), args.n, *pictures.shape[1:])
+    if args.layout:
+        save_layout(args.layout, out, listed, pictures)
+        print(f"{out}: {len(prompts)} prompts as {args.layout} reads them")
+        return
     for i, (prompt, row) in enumerate(zip(prompts, pictures)):
         words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
         for seed, picture in zip(seeds, row):

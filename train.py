@@ -41,6 +41,7 @@ from sample import (
 )
 
 LOOK_AHEAD = 32  # steps whose captions go to the LLM together
+TEMPLATE = "{}\nEnglish: a color shape and a color shape"
 LOG_EVERY = 50  # steps a line of metrics.jsonl
 TIME_BINS = 5  # of equal width in t
 MAY_CHANGE = {
@@ -61,6 +62,9 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     )
     add = parser.add_argument
     add("--llm", default="gemma-3-270m", help="Hub id, local folder, .gguf file, or gemma-3-270m")
+    add("--random-llm", action="store_true", help="the control: fresh weights, from the seed, in place of the LLM's own")
+    add("--template", default=TEMPLATE, help="what the LLM reads: a text with {} where the caption stands")
+    add("--expose", default="after", choices=["all", "after"], help="which of it the image may look at")
     add("--data", default="shapes", help="shapes, or a folder of captioned pictures")
     add(
         "--out",
@@ -97,6 +101,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     parser.set_defaults(**(stored or {}))
     args = parser.parse_args(argv)
     of_llm = "" if args.llm == parser.get_default("llm") else f"-{Path(args.llm).name}"
+    of_llm += "-random-llm" if args.random_llm else ""
     args.out = args.out or f"runs/{Path(args.data).name}{of_llm}"
     if args.batch_size % args.draws:
         raise ValueError(f"--batch-size {args.batch_size} does not divide by --draws {args.draws}")
@@ -133,7 +138,8 @@ def build_expert(args: argparse.Namespace, llm: FrozenLLM) -> ImageExpert:
     layers = text_layers(llm, args.depth or min(9, len(llm.layers)))
     per_group = round(2 * args.width / (layers[0]["key_width"] * layers[0]["kv_heads"]))
     heads = args.heads or layers[0]["kv_heads"] * max(1, per_group)
-    made_for = {"llm": args.llm, "llm_fingerprint": llm.fingerprint, "data": args.data}
+    made_for = {"llm": args.llm, "llm_fingerprint": llm.fingerprint, "random_llm": args.seed if args.random_llm else None,
+                "template": args.template, "expose": args.expose, "data": args.data}  # fmt: skip
     torch.manual_seed(args.seed)
     return ImageExpert(layers, args.width, heads, args.patch, args.image_size, prediction=args.prediction, made_for=made_for)
 
@@ -185,9 +191,11 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     dtype, why_dtype = pick_dtype(args.dtype, device)
     print(f"device {device} ({why_device}); {dtype} ({why_dtype}); seed {args.seed}", flush=True)
     source = open_source(args.data, args.image_size, args.seed)
-    llm = load_llm(args.llm, device, dtype, args.context_cache_mb, args.trust_remote_code)
+    llm = load_llm(args.llm, device, dtype, args.context_cache_mb, args.trust_remote_code,
+                   args.seed if args.random_llm else None)  # fmt: skip
     expert = build_expert(args, llm).to(device)
     llm.keep([block.layer.index for block in expert.blocks])
+    llm.read(args.template, args.expose)
     Path(args.out).mkdir(parents=True, exist_ok=True)  # nothing is written before everything is there
     ema = ImageExpert(**expert.config).to(device).requires_grad_(False)
     ema.load_state_dict(expert.state_dict())
@@ -195,7 +203,8 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     if metadata:
         load_run(run, metadata, tensors)
     first, side = llm.layers[0], args.image_size // args.patch
-    print(f"LLM {args.llm}: {sum(p.numel() for p in llm.model.parameters()) / 1e6:.0f} M parameters, all frozen; "
+    weights = "fresh from the seed and frozen" if args.random_llm else "all frozen"
+    print(f"LLM {args.llm}: {sum(p.numel() for p in llm.model.parameters()) / 1e6:.0f} M parameters, {weights}; "
           f"{len(llm.layers)} attention layers with {first.kv_heads} key/value heads of width {first.key_width}")  # fmt: skip
     print(f"expert: {sum(p.numel() for p in expert.parameters()) / 1e6:.1f} M parameters, all trained; "
           f"{len(expert.blocks)} layers of width {args.width}, {side}x{side} image tokens")  # fmt: skip

@@ -23,10 +23,12 @@ def noisy_batch(expert, n: int):
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-@pytest.mark.parametrize("depth", [2, 3])
-def test_cached_path_equals_joint_forward(kind, depth, tiny_llm):
+@pytest.mark.parametrize("depth, template, expose", [(2, "{}", "all"), (3, "{}", "all"), (2, "say {}\nin words: a", "all"),
+                                                     (3, "say {}\nin words: a", "after")])  # fmt: skip
+def test_cached_path_equals_joint_forward(kind, depth, template, expose, tiny_llm):
     """Both towers in lockstep over the whole joint sequence, against the expert over cached keys and values."""
     llm = tiny_llm(kind)
+    llm.read(template, expose)
     expert = random_expert(llm, depth)
     x_t, t = noisy_batch(expert, len(CAPTIONS))
     with torch.no_grad():
@@ -39,9 +41,11 @@ def test_cached_path_equals_joint_forward(kind, depth, tiny_llm):
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-def test_batch_equals_one_by_one(kind, tiny_llm):
+@pytest.mark.parametrize("template, expose", [("{}", "all"), ("say {}\nin words: a", "after")])
+def test_batch_equals_one_by_one(kind, template, expose, tiny_llm):
     """Prompts of different length in one batch, the empty one too, each give what they give alone."""
     llm = tiny_llm(kind)
+    llm.read(template, expose)
     expert = random_expert(llm)
     x_t, t = noisy_batch(expert, len(CAPTIONS))
     with torch.no_grad():

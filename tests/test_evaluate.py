@@ -1,0 +1,194 @@
+"""The suites ask for what training never saw; scores and intervals are right; the commands write what they promise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import sample
+import train
+from conftest import CPU
+from data import TEST_PROMPTS, Shapes, Thing, draw_things, lay_out
+from evaluate import SUITES, grade, mean_of_rows, read_suite, ridge, tally, wilson
+from judge import Verdict
+from model import fingerprint, load_llm
+
+ROOT = Path(__file__).parent.parent
+ALL = {name: read_suite(name) for name in SUITES}
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_has_a_hundred_distinct_prompts(name):
+    prompts = [(prompt.row, prompt.text) for prompt in ALL[name]]
+    assert len(prompts) >= 100 and len(set(prompts)) == len(prompts)
+
+
+def test_the_suites_have_the_rows_that_were_asked_for():
+    def rows(name: str) -> list[str]:
+        return list(dict.fromkeys(prompt.row for prompt in ALL[name]))
+
+    assert rows("geneval") == ["single object", "two objects", "counting", "colors", "position", "color attribution"]
+    assert set(rows("unseen")) < set(rows("geneval"))
+    assert len(rows("languages")) >= 17 and {"English", "Italian", "Chinese", "Hindi"} <= set(rows("languages"))
+    scenes = {row: [prompt.scene for prompt in ALL["languages"] if prompt.row == row] for row in rows("languages")}
+    assert all(scenes[row] == scenes["English"] for row in scenes), "every language asks for the same scenes"
+    assert rows("knowledge") == ["culture", "space and time", "nature"]
+    held_out = [prompt.scene.is_held_out() for prompt in ALL["unseen"]]
+    assert all(held_out) and not any(prompt.scene.is_held_out() for prompt in ALL["geneval"] + ALL["languages"])
+
+
+def test_no_prompt_is_a_training_caption():
+    """Word for word; nor do captions hold another script, a hex code, or a number beyond the counts."""
+    captions = [Shapes(32, seed).caption(i)[0] for seed in range(3) for i in range(10_000)]
+    assert not [caption for caption in captions if caption.lower() in TEST_PROMPTS]
+    assert {prompt.text.lower() for prompts in ALL.values() for prompt in prompts} == TEST_PROMPTS
+    words = {word for caption in captions for word in caption.replace(",", " ").split()}
+    assert all(word.isascii() and (word.replace("-", "").isalpha() or word in ("2", "3", "4")) for word in words), words
+    new = {prompt.text.split()[1] for prompt in ALL["colors"] if prompt.row == "new color words"}
+    assert len(new) >= 50 and not new & words, "these colour words are never trained on"
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_the_true_picture_is_right_and_another_is_wrong(name):
+    """Every prompt, drawn by data.py as it asks; then the picture of another prompt of the suite in its place."""
+    rng = np.random.default_rng(0)
+    prompts, pictures = ALL[name], []
+    for prompt in prompts:
+        things = lay_out(prompt.scene, rng)
+        if prompt.rgb:
+            things = [Thing(thing.shape, prompt.rgb, thing.x, thing.y, thing.radius) for thing in things]
+        pictures.append(draw_things(things, 32))
+    right = [grade(prompt, picture).reason is None for prompt, picture in zip(prompts, pictures)]
+    assert sum(right) >= 0.99 * len(right), [prompt.text for prompt, ok in zip(prompts, right) if not ok]
+    wrong = [grade(prompt, picture) for prompt, picture in zip(prompts, pictures[7:] + pictures[:7])]
+    different = [(a.scene, a.rgb) != (b.scene, b.rgb) for a, b in zip(prompts, prompts[7:] + prompts[:7])]
+    passed = [g for g, other in zip(wrong, different) if other and g.reason is None]
+    assert len(passed) <= 0.08 * len(prompts), "only scenes that leave a colour or a place open may pass for one another"
+
+
+def test_intervals():
+    """Against published values of the Wilson interval (Brown, Cai & DasGupta 2001), and rows of equal and unequal size."""
+    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3) and wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-3)
+    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
+
+    def row(right: int, n: int) -> dict:
+        ok, no = Verdict(True, None, (), None), Verdict(False, "missing", (), None)
+        return tally([evaluate.Grade(None, None, ok)] * right + [evaluate.Grade("missing", None, no)] * (n - right))
+
+    even = mean_of_rows([row(3, 10), row(9, 10)])
+    assert even["score"] == pytest.approx(0.6) and even["interval"] == pytest.approx(wilson(12, 20))
+    assert even["wrong"] == {"missing": 8} and even["n"] == 20
+    uneven = mean_of_rows([row(4, 8), row(50, 100)])
+    assert uneven["score"] == 0.5 and uneven["interval"][0] < wilson(54, 108)[0], "few pictures in a row widen the interval"
+
+
+def test_ridge_finds_a_linear_map():
+    generator = torch.Generator().manual_seed(0)
+    X, W = torch.randn(200, 40, generator=generator), torch.randn(40, 3, generator=generator)
+    new = torch.randn(50, 40, generator=generator)
+    assert (ridge(X, X @ W + 2, 1e-4)(new) - (new @ W + 2)).abs().max() < 0.05
+
+
+@pytest.fixture(scope="module")
+def two_runs(llm_folder, tmp_path_factory):
+    """A tiny run on the LLM as it is, and its control."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = ["--llm", llm_folder("qwen2"), "--device", "cpu", "--dtype", "float32", "--batch-size", "8", "--width", "32",
+             "--depth", "2", "--steps", "2"]  # fmt: skip
+    for name, more in (("pretrained", []), ("control", ["--random-llm"])):
+        train.main([str(flag) for flag in [*flags, "--out", folder / name, *more]])
+    return folder / "pretrained", folder / "control"
+
+
+def test_the_control_has_other_weights_and_is_built_again(two_runs, llm_folder):
+    pretrained, control = (sample.load_expert(str(run), CPU) for run in two_runs)
+    assert pretrained.made_for["random_llm"] is None and control.made_for["random_llm"] == 0
+    trained = load_llm(str(llm_folder("qwen2")), CPU, torch.float32)
+    fresh = sample.llm_of(control, None, CPU, torch.float32)
+    assert fresh.fingerprint == fingerprint(fresh.model) == control.made_for["llm_fingerprint"] != trained.fingerprint
+    assert [p.shape for p in fresh.model.parameters()] == [p.shape for p in trained.model.parameters()]
+    assert fresh.tokenize("a red circle") == sample.llm_of(pretrained, None, CPU, torch.float32).tokenize("a red circle")
+    other = load_llm(str(llm_folder("qwen2")), CPU, torch.float32, random_seed=1)
+    assert other.fingerprint != fresh.fingerprint, "another seed gives other weights"
+
+
+def test_evaluate_command(two_runs, capsys):
+    ours, control = two_runs
+    flags = ["--limit", "2", "--steps", "1", "--device", "cpu", "--dtype", "float32"]
+    evaluate.main(["--ckpt", str(ours), "--versus", str(control), "--probe", *flags])
+    results = [json.loads((run / "evaluate.json").read_text("utf-8")) for run in two_runs]
+    for suite in SUITES:
+        assert Image.open(ours / f"evaluate-{suite}.png").width > 100
+        rows = {prompt.row for prompt in ALL[suite]}
+        for result in results:
+            assert set(result[suite]["rows"]) == rows
+            for entry in [result[suite]["mean"], *result[suite]["rows"].values()]:
+                assert 0 <= entry["interval"][0] <= entry["score"] <= entry["interval"][1] <= 1
+                assert round(entry["score"] * entry["n"]) + sum(entry["wrong"].values()) == entry["n"] or entry["score"] > 0
+    assert set(results[0]["probe"]) == {"layer 0", "layer 1", "layer 2", "picture"}
+    assert results[1]["made_for"]["random_llm"] == 0
+    out = capsys.readouterr().out
+    assert "English" in out and "one object" in out and "layer 2" in out
+    evaluate.main(["--ckpt", str(ours), "--suite", "parrot", "--n", "2", *flags])  # puts one suite beside the others
+    again = json.loads((ours / "evaluate.json").read_text("utf-8"))
+    assert again["parrot"]["mean"]["n"] == 8 and again["geneval"] == results[0]["geneval"]
+
+
+def test_evaluate_refuses_bad_input(two_runs, tmp_path):
+    def answer(*flags) -> str:
+        done = subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, flags)], capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        return done.stderr
+
+    assert "geneval,unseen,languages" in answer("--ckpt", two_runs[0], "--suite", "poems")
+    assert "nothing" in answer("--ckpt", tmp_path / "nothing")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "model.safetensors").write_bytes(b"no weights")
+    assert "safetensors" in answer("--ckpt", tmp_path / "foreign")
+    expert = sample.load_expert(str(two_runs[0]), CPU)
+    expert.config["made_for"] = expert.made_for | {"data": "my-pictures"}
+    expert.save_pretrained(tmp_path / "elsewhere")
+    assert "my-pictures" in answer("--ckpt", tmp_path / "elsewhere") and "shapes" in answer("--ckpt", tmp_path / "elsewhere")
+
+
+def test_layouts_of_the_official_evaluators(two_runs, tmp_path, monkeypatch):
+    """GenEval: a folder a prompt with its metadata line and four samples. DPG-Bench: a two by two grid named after the
+    prompt's file. WISE: one picture named after the prompt's id."""
+    records = [{"tag": "colors", "include": [{"class": "star", "count": 1}], "prompt": "a photo of a red star"},
+               {"tag": "counting", "include": [], "prompt": "a photo of two rings"}]  # fmt: skip
+    (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "dpg").mkdir()
+    (tmp_path / "dpg" / "COCOval2014000000001241.txt").write_text("A red star.\n")
+    (tmp_path / "wise.json").write_text(json.dumps([{"Prompt": "a ripe banana", "Explanation": "yellow", "prompt_id": 401}]))
+
+    def run(layout: str, prompts: str, *more: str) -> Path:
+        out = tmp_path / f"for-{layout}"
+        words = ["sample.py", "--ckpt", two_runs[0], "--prompts", tmp_path / prompts, "--layout", layout, "--out", out]
+        words += ["--steps", 1, "--device", "cpu", "--dtype", "float32", *more]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        sample.main()
+        return out
+
+    out = run("geneval", "evaluation_metadata.jsonl")
+    files = [f"0000{i}/metadata.jsonl" for i in range(2)] + [f"0000{i}/samples/0000{k}.png" for i in range(2) for k in range(4)]
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(files)
+    assert json.loads((out / "00001" / "metadata.jsonl").read_text()) == records[1]
+    out = run("dpg", "dpg")
+    assert [p.name for p in out.iterdir()] == ["COCOval2014000000001241.png"]
+    grid = np.asarray(Image.open(out / "COCOval2014000000001241.png"))
+    assert grid.shape == (64, 64, 3) and not np.array_equal(grid[:32, :32], grid[:32, 32:]), "four pictures, from four noises"
+    assert [p.name for p in run("wise", "wise.json").iterdir()] == ["401.png"]
+    refused = [("wise", "wise.json", ("--n", "2")), ("geneval", "dpg", ()), ("dpg", "dpg", ("--prompt", "x"))]
+    for layout, prompts, more in refused:
+        with pytest.raises(ValueError):
+            run(layout, prompts, *more)
+    (tmp_path / "broken.jsonl").write_text("not json\n")
+    with pytest.raises(ValueError, match="broken.jsonl"):
+        run("geneval", "broken.jsonl")
