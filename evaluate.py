@@ -57,15 +57,17 @@ class Prompt:
     rgb: tuple[int, int, int] | None = None  # where the colour asked for is exact, and no word of data.COLORS
 
 
-def read_suite(name: str, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a suite; with a limit, the first so many of each row."""
+def read_suite(name: str, limit: int | None = None, only: list[str] | None = None) -> list[Prompt]:
+    """The prompts of a suite; with a limit, the first so many of each row; or of some rows only."""
     rows: dict[str, list[Prompt]] = {}
     for line in (PROMPTS / f"{name}.jsonl").read_text("utf-8").splitlines():
         record = json.loads(line)
         scene = Scene(tuple(Group(*group) for group in record["groups"]), record.get("relation"))
         rgb = tuple(record["rgb"]) if "rgb" in record else None
         rows.setdefault(record["row"], []).append(Prompt(record["row"], record["prompt"], scene, rgb))
-    return [prompt for row in rows.values() for prompt in row[:limit]]
+    if unknown := [row for row in only or () if row not in rows]:
+        raise ValueError(f"--rows {unknown[0]}: the rows of {name} are {', '.join(rows)}")
+    return [prompt for row in only or rows for prompt in rows[row][:limit]]
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def summarize(suite: str, prompts: list[Prompt], grades: list[Grade]) -> dict:
     for prompt, g in zip(prompts, grades):
         rows.setdefault(prompt.row, []).append((prompt, g))
     result = {"rows": {row: tally([g for _, g in pairs]) for row, pairs in rows.items()}}
-    counted = [pairs for row, pairs in rows.items() if row not in LEFT_OUT.get(suite, ())]
+    counted = [pairs for row, pairs in rows.items() if row not in LEFT_OUT.get(suite, ())] or list(rows.values())
     if suite in LEFT_OUT:
         for name, groups in (("one object", 1), ("two objects", 2)):
             part = [[g for prompt, g in pairs if len(prompt.scene.groups) == groups] for pairs in counted]
@@ -306,12 +308,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--versus", help="another run, to stand beside it")
     add("--suite", default=",".join(SUITES), help="which suites, with commas")
     add("--probe", action="store_true", help="also probe the LLM's layers for colour and shape")
+    add("--rows", help="only these rows of the suite, with commas")
     add("--n", type=positive(int), default=1, help="pictures of each prompt")
     add("--limit", type=positive(int), help="only the first so many prompts of each row, for a quick look")
     add("--steps", type=positive(int), default=24, help="Euler steps")
     add("--guidance", type=float, default=3.0, help="guidance scale; 1 is none")
     add("--seed", type=seed_number, default=0, help="of the noise: picture k of all starts from seed + k")
-    add("--out", help="folder for evaluate.json and the pictures (default: the run's own)")
+    add("--out", help="folder for the JSON and the pictures (default: the run's own; its partial/ for --rows or --limit)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert")
     args = parser.parse_args(argv)
@@ -319,7 +322,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if unknown := [name for name in args.suite if name not in SUITES]:
         raise ValueError(f"--suite {unknown[0]}: expected some of {','.join(SUITES)}")
     args.ckpt = args.ckpt or str(newest_run())
-    args.out = args.out or (args.ckpt if Path(args.ckpt).is_dir() else "evaluation")
+    home = Path(args.ckpt if Path(args.ckpt).is_dir() else "evaluation")
+    args.out = Path(args.out or (home / "partial" if args.rows or args.limit else home))
     return args
 
 
@@ -333,7 +337,6 @@ def open_run(ckpt: str, device: torch.device, dtype: torch.dtype) -> tuple[Image
 def save_results(path: Path, results: dict) -> None:
     """Put them beside those of other suites that are there, all at once."""
     old = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(json.dumps(old | results, indent=1, ensure_ascii=False) + "\n", "utf-8")
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -344,11 +347,11 @@ def main(argv: list[str] | None = None) -> None:
     dtype, _ = pick_dtype(args.dtype, device)
     names = [args.ckpt] + ([args.versus] if args.versus else [])
     runs = [(name, *open_run(name, device, dtype)) for name in names]
-    settings = {"n": args.n, "steps": args.steps, "guidance": args.guidance, "seed": args.seed, "limit": args.limit}
-    made_for = {name: expert.made_for for name, expert, _ in runs}
-    results, graded = {name: {"made_for": made_for[name]} for name in names}, []
+    rows = args.rows.split(",") if args.rows else None
+    settings = {key: vars(args)[key] for key in ("n", "limit", "steps", "guidance", "seed")}
+    results, graded = {name: {"run": name, "made_for": expert.made_for} for name, expert, _ in runs}, []
     for suite in args.suite:
-        prompts = [prompt for prompt in read_suite(suite, args.limit) for _ in range(args.n)]
+        prompts = [prompt for prompt in read_suite(suite, args.limit, rows) for _ in range(args.n)]
         seeds = [args.seed + i for i in range(len(prompts))]  # a noise of its own for each picture
         drawn = []
         for name, expert, llm in runs:
@@ -358,18 +361,18 @@ def main(argv: list[str] | None = None) -> None:
             results[name][suite] = {"settings": settings} | summarize(suite, prompts, grades)
         graded += [(suite, prompt, g) for prompt, g in zip(prompts, drawn[0][2])]
         print_suite(suite, [results[name][suite] for name in names])
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        sheet(prompts, drawn).save(Path(args.out) / f"evaluate-{suite}.png")
+        args.out.mkdir(parents=True, exist_ok=True)
+        sheet(prompts, drawn).save(args.out / f"evaluate-{suite}.png")
     if args.probe:
         _, expert, llm = runs[0]
         llm.keep(range(len(llm.layers)))
         table = probe(llm, graded, args.seed)
         print_probe(table)
         results[args.ckpt]["probe"] = table
-    for name in names:
-        folder = args.out if name == args.ckpt else name
-        save_results(Path(folder) / "evaluate.json", results[name])
-    print(f"{Path(args.out) / 'evaluate.json'}, and a picture of each suite beside it: green frames are right, red are wrong")
+    save_results(args.out / "evaluate.json", results[args.ckpt])
+    if args.versus:
+        save_results(args.out / "versus.json", results[args.versus])
+    print(f"{args.out / 'evaluate.json'}, and a picture of each suite beside it: green frames are right, red are wrong")
 
 
 if __name__ == "__main__":

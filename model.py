@@ -553,12 +553,19 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor
         ) from None
 
 
-def text_layers(llm: FrozenLLM, depth: int) -> list[dict]:
-    """The LLM's attention layers that a tower of `depth` blocks reads: evenly spread, the last among them."""
+def text_layers(llm: FrozenLLM, depth: int, part: str = "all") -> list[dict]:
+    """The LLM's attention layers that a tower of `depth` blocks reads, evenly spread over a part of it: "all", or the "lower",
+    "middle" or "upper" half (or as many layers as there are blocks, if that is more).
+
+    The middle layers are where words of different languages mean the same; the lower ones still know the word, the upper
+    ones already the next.
+    """
     available = len(llm.layers)
     if depth > available:
         raise ValueError(f"--depth {depth}: {llm.name} has {available} attention layers to read from; expected at most that")
-    return [asdict(llm.layers[(i + 1) * available // depth - 1]) for i in range(depth)]
+    window = available if part == "all" else max(depth, available // 2)
+    start = {"all": 0, "lower": 0, "middle": (available - window) // 2, "upper": available - window}[part]
+    return [asdict(llm.layers[start + (i + 1) * window // depth - 1]) for i in range(depth)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,6 @@ from sample import (
 )
 
 LOOK_AHEAD = 32  # steps whose captions go to the LLM together
-TEMPLATE = "{}\nEnglish: a color shape and a color shape"
 LOG_EVERY = 50  # steps a line of metrics.jsonl
 TIME_BINS = 5  # of equal width in t
 MAY_CHANGE = {
@@ -63,8 +62,8 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add = parser.add_argument
     add("--llm", default="gemma-3-270m", help="Hub id, local folder, .gguf file, or gemma-3-270m")
     add("--random-llm", action="store_true", help="the control: fresh weights, from the seed, in place of the LLM's own")
-    add("--template", default=TEMPLATE, help="what the LLM reads: a text with {} where the caption stands")
-    add("--expose", default="after", choices=["all", "after"], help="which of it the image may look at")
+    add("--template", default="{}", help="what the LLM reads: a text with {} where the caption stands")
+    add("--expose", default="all", choices=["all", "after"], help="which of it the image may look at")
     add("--data", default="shapes", help="shapes, or a folder of captioned pictures")
     add(
         "--out",
@@ -87,7 +86,8 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--prediction", default="clean", choices=["clean", "velocity"], help="what the network's head gives")
     add("--width", type=positive(int), default=256, help="width of the expert")
     add("--heads", type=positive(int), help="query heads (default: as many as make twice the width)")
-    add("--depth", type=positive(int), help="layers, spread over the LLM's (default: 9, or all if there are fewer)")
+    add("--depth", type=positive(int), help="layers (default: 9, or the LLM's if it has fewer)")
+    add("--layers", default="middle", choices=["all", "lower", "middle", "upper"], help="the half of the LLM's layers it reads")
     add("--patch", type=positive(int), default=8, help="side of a patch in pixels")
     add("--image-size", type=positive(int), default=32, help="side of the pictures in pixels")
     add("--context-cache-mb", type=positive(float), default=512, help="most memory for captions' keys and values, in MB")
@@ -135,7 +135,7 @@ def settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict]:
 
 
 def build_expert(args: argparse.Namespace, llm: FrozenLLM) -> ImageExpert:
-    layers = text_layers(llm, args.depth or min(9, len(llm.layers)))
+    layers = text_layers(llm, args.depth or min(9, len(llm.layers)), args.layers)
     per_group = round(2 * args.width / (layers[0]["key_width"] * layers[0]["kv_heads"]))
     heads = args.heads or layers[0]["kv_heads"] * max(1, per_group)
     made_for = {"llm": args.llm, "llm_fingerprint": llm.fingerprint, "random_llm": args.seed if args.random_llm else None,

@@ -122,9 +122,10 @@ def test_evaluate_command(two_runs, capsys):
     ours, control = two_runs
     flags = ["--limit", "2", "--steps", "1", "--device", "cpu", "--dtype", "float32"]
     evaluate.main(["--ckpt", str(ours), "--versus", str(control), "--probe", *flags])
-    results = [json.loads((run / "evaluate.json").read_text("utf-8")) for run in two_runs]
+    out = ours / "partial"
+    results = [json.loads((out / name).read_text("utf-8")) for name in ("evaluate.json", "versus.json")]
     for suite in SUITES:
-        assert Image.open(ours / f"evaluate-{suite}.png").width > 100
+        assert Image.open(out / f"evaluate-{suite}.png").width > 100
         rows = {prompt.row for prompt in ALL[suite]}
         for result in results:
             assert set(result[suite]["rows"]) == rows
@@ -133,11 +134,15 @@ def test_evaluate_command(two_runs, capsys):
                 assert round(entry["score"] * entry["n"]) + sum(entry["wrong"].values()) == entry["n"] or entry["score"] > 0
     assert set(results[0]["probe"]) == {"layer 0", "layer 1", "layer 2", "picture"}
     assert results[1]["made_for"]["random_llm"] == 0
-    out = capsys.readouterr().out
-    assert "English" in out and "one object" in out and "layer 2" in out
+    printed = capsys.readouterr().out
+    assert "English" in printed and "one object" in printed and "layer 2" in printed
     evaluate.main(["--ckpt", str(ours), "--suite", "parrot", "--n", "2", *flags])  # puts one suite beside the others
-    again = json.loads((ours / "evaluate.json").read_text("utf-8"))
+    again = json.loads((out / "evaluate.json").read_text("utf-8"))
     assert again["parrot"]["mean"]["n"] == 8 and again["geneval"] == results[0]["geneval"]
+    evaluate.main(["--ckpt", str(ours), "--suite", "languages", "--rows", "Hindi", "--out", str(ours / "hindi"), *flags])
+    assert set(json.loads((ours / "hindi" / "evaluate.json").read_text("utf-8"))["languages"]["rows"]) == {"Hindi"}
+    with pytest.raises(ValueError, match="Klingon"):
+        evaluate.main(["--ckpt", str(ours), "--suite", "languages", "--rows", "Klingon", *flags])
 
 
 def test_evaluate_refuses_bad_input(two_runs, tmp_path):

@@ -144,6 +144,9 @@ def test_a_new_expert_answers_zero_and_every_weight_learns(kind, tiny_llm):
 def test_depth_is_spread_over_the_llm(tiny_llm):
     llm = tiny_llm("gpt2")
     assert [[layer["index"] for layer in text_layers(llm, depth)] for depth in (1, 2, 3)] == [[2], [0, 2], [0, 1, 2]]
+    halves = [[layer["index"] for layer in text_layers(llm, 1, part)] for part in ("lower", "middle", "upper")]
+    assert halves == [[0], [1], [2]]
+    assert [layer["index"] for layer in text_layers(llm, 2, "middle")] == [0, 1], "never fewer layers than blocks"
     with pytest.raises(ValueError, match="--depth 4: .* has 3 attention layers"):
         text_layers(llm, 4)
 

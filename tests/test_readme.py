@@ -21,7 +21,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "train.py": "--steps 2 --batch-size 8 --width 32 --depth 2",
     "train.py --resume": "--steps 3",
     "sample.py": "--steps 2",
-    "evaluate.py": "--steps 2 --prompts 4",
+    "evaluate.py": "--steps 1 --limit 1",
 }
 
 
@@ -31,6 +31,7 @@ def workplace(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("readme")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, place)
+    shutil.copytree(ROOT / "assets" / "prompts", place / "assets" / "prompts")
     (place / "my-pictures").mkdir()
     Image.new("RGB", (40, 40), "red").save(place / "my-pictures" / "a.png")
     (place / "my-pictures" / "a.txt").write_text("a red field")
