@@ -11,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,6 +78,25 @@ GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 ROWS, BUCKET = 32, 4  # captions are encoded 32 at a time, padded to a multiple of 4 tokens: see FrozenLLM._encode
 
 
+class Enough(Exception):
+    """Raised where an LLM need not compute any further."""
+
+
+class CacheUpTo(DynamicCache):
+    """A cache that stops the model once layer `last` has handed in its keys and values: what comes after is not needed.
+    It is a plain DynamicCache otherwise, which keeps all tokens of sliding-window layers too."""
+
+    def __init__(self, last: int):
+        super().__init__()
+        self.last = last
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        everything = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx >= self.last:
+            raise Enough
+        return everything
+
+
 class FrozenLLM:
     """Any Hugging Face decoder, frozen: captions in, `Context` out. Holds no trainable parameter and saves nothing.
 
@@ -101,11 +121,12 @@ class FrozenLLM:
     # -- what kind of model is this: asked of its behaviour, not of its name
 
     @torch.no_grad()
-    def _run(self, ids: Tensor) -> DynamicCache:
-        """ids (B, T) -> the LLM's key-value cache, without the language-model head. No padding mask: a causal model's
-        valid tokens never see what stands to their right. A plain DynamicCache keeps all tokens of sliding layers too."""
-        cache = DynamicCache()
-        self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    def _run(self, ids: Tensor, last: int = 10**9) -> DynamicCache:
+        """ids (B, T) -> the LLM's key-value cache up to layer `last`, without the language-model head. No padding mask: a
+        causal model's valid tokens never see what stands to their right."""
+        cache = CacheUpTo(last)
+        with suppress(Enough):
+            self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
         return cache
 
     def _probe(self) -> tuple[list[TextLayer], list[int], list[Tensor]]:
@@ -201,7 +222,7 @@ class FrozenLLM:
         ids = torch.zeros(ROWS, length, dtype=torch.long)
         for row, tokens in zip(ids, rows):
             row[: len(tokens)] = torch.tensor(tokens)
-        cache = self._run(ids.to(self.device))
+        cache = self._run(ids.to(self.device), max(self.cache_index[layer.index] for layer in self.kept))
         lengths = torch.tensor([len(tokens) for tokens in rows] + [0] * (ROWS - len(rows)), device=self.device)
         parts = []
         for kept in self.kept:

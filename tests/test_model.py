@@ -71,6 +71,21 @@ def test_each_caption_is_read_once(tiny_llm):
     assert counted.tokens == ROWS * sum(buckets), "what is in the cache is not read again"
 
 
+@pytest.mark.parametrize("kind", DECODERS)
+def test_the_llm_runs_no_further_than_the_last_layer_that_is_read(kind, tiny_llm):
+    """And what it hands over is bit for bit the same."""
+    llm, ran = tiny_llm(kind), []
+    whole = llm.context(["three small teal stars"])
+    blocks = next(m for m in llm.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == len(llm.layers))
+    for block in blocks:
+        block.register_forward_hook(lambda module, *_: ran.append(module))
+    llm.keep([0, 1])
+    part = llm.context(["three small teal stars"])
+    assert ran == [blocks[0]], "the second block stops at its keys and values, the third does not begin"
+    for n in (0, 1):
+        assert torch.equal(part.keys[n], whole.keys[n]) and torch.equal(part.values[n], whole.values[n])
+
+
 def test_the_cache_is_bounded(tiny_llm):
     llm = tiny_llm("qwen2", cache_mb=0.02)
     captions = [f"a red circle number {i}" for i in range(40)]
