@@ -1,6 +1,7 @@
 """Where (caption, picture) pairs come from.
 
     shapes     scenes of coloured shapes, drawn on the fly from a seed; captions in plain English
+    emoji      the emoji of a colour font, under their English names
     a folder   pictures with captions: metadata.jsonl (file_name, text) or a .txt beside each picture
 
 Every source answers `example(index, draws)` with one caption and `draws` pictures of it, uint8 (draws, size, size, 3).
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the vocabulary of the shapes
@@ -316,6 +317,76 @@ class Shapes:
         return caption, np.stack([draw_things(lay_out(scene, rng), self.image_size) for _ in range(draws)])
 
 
+EMOJI_FONTS = (("NotoColorEmoji.ttf", 109), ("Apple Color Emoji.ttc", 160), ("seguiemj.ttf", 128))  # with a size it has
+
+
+def emoji_font(path: str | None = None) -> ImageFont.FreeTypeFont:
+    """A colour-emoji font: this file, or the system's own. ValueError if there is none, or it has no colour."""
+    for name, size in [(path, size) for _, size in EMOJI_FONTS] if path else EMOJI_FONTS:
+        try:
+            font = ImageFont.truetype(name, size)
+        except OSError:
+            continue
+        face = np.asarray(draw_emoji("\U0001f600", font, 32)).astype(int)
+        if (np.ptp(face, axis=-1) > 60).any():
+            return font
+        raise ValueError(f"{name} has no colours; expected a colour-emoji font such as {EMOJI_FONTS[0][0]}")
+    raise ValueError(f"{path or 'a colour-emoji font'} cannot be read; install one (Debian, Ubuntu: apt install "
+                     "fonts-noto-color-emoji) or name a file with --emoji-font")  # fmt: skip
+
+
+def draw_emoji(text: str, font: ImageFont.FreeTypeFont, image_size: int) -> np.ndarray | None:
+    """One emoji on the background, (image_size, image_size, 3) uint8; None if the font does not have it."""
+    left, top, right, bottom = font.getbbox("\U0001f600")  # the frame of a full-sized face serves for all
+    side = round(1.04 * max(right - left, bottom - top))
+    image = Image.new("RGBA", (side, side), (*BACKGROUND, 0))
+    corner = ((side - left - right) // 2, (side - top - bottom) // 2)
+    ImageDraw.Draw(image).text(corner, text, font=font, embedded_color=True)
+    if image.getbbox() is None:
+        return None
+    whole = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image).convert("RGB")
+    return np.asarray(whole.resize((image_size, image_size), Image.Resampling.LANCZOS))
+
+
+class Emoji:
+    """Unicode's emoji as a colour font draws them, under their English names and aliases (CLDR's, from the package emoji).
+
+    Those of a single code point; variants: also sequences, which are skin tones, flags, families. `glyphs`: emoji ->
+    picture, of all that the font has; `missing` it has not; `held_out`, a hashed tenth, is never trained on.
+    """
+
+    prompts = ("cat face", "a red apple", "an emoji of a rocket", "pizza", "sunflower", "the snowman", "a guitar", "octopus")
+    forms = ("{n}", "{n}", "{a}", "{a}", "the {n}", "{n} emoji", "an emoji of {a}", "a picture of {a}", "an image of {a}")
+
+    def __init__(self, image_size: int, seed: int = 0, font: str | None = None, variants: bool = False):
+        try:
+            from emoji import EMOJI_DATA, STATUS
+        except ImportError:
+            raise ValueError("--data emoji needs the package of the emoji's names: pip install emoji") from None
+        self.image_size, self.seed = image_size, seed
+        face, self.glyphs, self.names, self.missing = emoji_font(font), {}, {}, []
+        tofu = draw_emoji("\U0010fffe", face, image_size)
+        for text, entry in EMOJI_DATA.items():
+            if entry["status"] != STATUS["fully_qualified"] or (len(text.rstrip("\ufe0f")) > 1 and not variants):
+                continue
+            glyph = draw_emoji(text, face, image_size)
+            if glyph is None or (tofu is not None and np.array_equal(glyph, tofu)):
+                self.missing.append(text)
+                continue
+            words = [name.strip(":").replace("_", " ").replace("’", "'") for name in (entry["en"], *entry.get("alias", ()))]
+            self.glyphs[text] = glyph
+            self.names[text] = [words[0]] + [word for word in words[1:] if len(word) > 2 and word.replace(" ", "").isalpha()]
+        self.held_out = _hashed_tenth(set(self.glyphs))
+        self.trained = [text for text in self.glyphs if text not in self.held_out]
+
+    def example(self, index: int, draws: int) -> tuple[str, np.ndarray]:
+        rng = np.random.default_rng([self.seed, index])
+        text = self.trained[rng.integers(len(self.trained))]
+        name = str(rng.choice(self.names[text]))
+        one = name if name.endswith("s") else ("an " if name[0].lower() in "aeio" else "a ") + name
+        return str(rng.choice(self.forms)).format(n=name, a=one), np.stack([self.glyphs[text]] * draws)
+
+
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 
 
@@ -375,10 +446,14 @@ class Folder:
         raise ValueError(f"none of the {len(self.pairs)} pictures in {self.root} decodes")
 
 
-def open_source(name: str, image_size: int, seed: int = 0) -> Shapes | Folder:
-    """ "shapes" or a folder's path -> a source of examples."""
+def open_source(
+    name: str, image_size: int, seed: int = 0, font: str | None = None, variants: bool = False
+) -> Shapes | Emoji | Folder:
+    """ "shapes", "emoji" (with its font, and whether variants are taken) or a folder's path -> a source of examples."""
     if name == "shapes":
         return Shapes(image_size, seed)
+    if name == "emoji":
+        return Emoji(image_size, seed, font, variants)
     if Path(name).is_dir():
         return Folder(name, image_size, seed)
-    raise ValueError(f"--data {name}: expected shapes or an existing folder of captioned pictures")
+    raise ValueError(f"--data {name}: expected shapes, emoji, or an existing folder of captioned pictures")

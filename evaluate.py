@@ -146,19 +146,19 @@ def print_suite(suite: str, results: list[dict]) -> None:
         return f"{result['score']:5.2f}  {low:.2f} to {high:.2f}"
 
     def line(name: str, entries: list[dict]) -> None:
-        text = f"  {name:24}" + "   ".join(map(cells, entries)) + f"  {entries[0]['n']:5}"
+        text = f"  {name:30}" + "   ".join(map(cells, entries)) + f"  {entries[0]['n']:5}"
         off = entries[0].get("color_off")
         text += " " * 8 if off is None else f"{off:8.0f}"
         print(text + ("  " + ", ".join(f"{n} {why}" for why, n in entries[0]["wrong"].items()) if len(entries) == 1 else ""))
 
     unit = "dE" if suite == "colors" else "RGB"
-    print(f"{suite:26}" + "   ".join(["right  95 %        "] * len(results)) + f"      n  {'off, ' + unit:>6}"
+    print(f"{suite:32}" + "   ".join(["right  95 %        "] * len(results)) + f"      n  {'off, ' + unit:>6}"
           + ("  wrong because" if len(results) == 1 else ""))  # fmt: skip
     for row in results[0]["rows"]:
         line(row, [result["rows"][row] for result in results])
     for name in ("one object", "two objects", "mean"):
         if name in results[0]:
-            line(f"{name}, without English" if suite in LEFT_OUT else name, [result[name] for result in results])
+            line(f"{name}, but English" if suite in LEFT_OUT else name, [result[name] for result in results])
     print(flush=True)
 
 
@@ -172,7 +172,7 @@ def sheet(prompts: list[Prompt], runs: list[tuple[str, np.ndarray, list[Grade]]]
     rows: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         rows.setdefault(prompt.row, []).append(i)
-    side, width, text_height, label_height, gap = 72, 116, 40, 18, 6
+    side, width, text_height, label_height, gap = 72, 116, 36, 20, 6
     block = columns * width + 16
     height = label_height + gap + side + text_height
     image = Image.new("RGB", (gap + block * len(runs), label_height + len(rows) * height), "white")

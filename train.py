@@ -2,6 +2,7 @@
 
     python train.py                                    # shapes, gemma-3-270m: under 25 minutes on two CPU cores
     python train.py --llm Qwen/Qwen2.5-0.5B            # any Hugging Face decoder
+    python train.py --data emoji                       # 1,300 emoji under their English names
     python train.py --data FOLDER --image-size 64      # your own captioned pictures
     python train.py --resume --out runs/shapes         # go on where a run stopped, bit for bit
 
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Folder, Shapes, open_source
+from data import Emoji, Folder, Shapes, open_source
 from flow import flow_loss, sample_time
 from model import FrozenLLM, ImageExpert, load_llm, read_safetensors, text_layers
 from sample import (
@@ -64,7 +65,9 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--random-llm", action="store_true", help="the control: fresh weights, from the seed, in place of the LLM's own")
     add("--template", default="{}", help="what the LLM reads: a text with {} where the caption stands")
     add("--expose", default="all", choices=["all", "after"], help="which of it the image may look at")
-    add("--data", default="shapes", help="shapes, or a folder of captioned pictures")
+    add("--data", default="shapes", help="shapes, emoji, or a folder of captioned pictures")
+    add("--emoji-font", metavar="FILE", help="colour font of --data emoji (default: the system's)")
+    add("--emoji-variants", action="store_true", help="--data emoji with skin tones, flags and other sequences")
     add(
         "--out",
         help="folder of the run (default: runs/, the name of the data and, if another is asked for, of the LLM)",
@@ -175,7 +178,7 @@ class Run:
     """Everything that a training run holds while it goes on."""
 
     args: argparse.Namespace
-    source: Shapes | Folder
+    source: Shapes | Emoji | Folder
     llm: FrozenLLM
     expert: ImageExpert
     ema: ImageExpert
@@ -190,7 +193,7 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     device, why_device = pick_device(args.device)
     dtype, why_dtype = pick_dtype(args.dtype, device)
     print(f"device {device} ({why_device}); {dtype} ({why_dtype}); seed {args.seed}", flush=True)
-    source = open_source(args.data, args.image_size, args.seed)
+    source = open_source(args.data, args.image_size, args.seed, args.emoji_font, args.emoji_variants)
     llm = load_llm(args.llm, device, dtype, args.context_cache_mb, args.trust_remote_code,
                    args.seed if args.random_llm else None)  # fmt: skip
     expert = build_expert(args, llm).to(device)

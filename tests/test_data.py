@@ -5,9 +5,10 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from data import (
+    BACKGROUND,
     CANONICAL_COLORS,
     COLORS,
     HELD_OUT_PAIRS,
@@ -16,6 +17,7 @@ from data import (
     SHAPES,
     Folder,
     Shapes,
+    emoji_font,
     open_source,
 )
 
@@ -112,7 +114,7 @@ def test_folder_with_metadata_or_sidecars(tmp_path):
 def test_folder_faults(tmp_path):
     with pytest.raises(ValueError, match="holds no captioned picture"):
         open_source(str(tmp_path), 16)
-    with pytest.raises(ValueError, match="expected shapes or an existing folder"):
+    with pytest.raises(ValueError, match="expected shapes, emoji, or an existing folder"):
         open_source(str(tmp_path / "nowhere"), 16)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
     with pytest.raises(ValueError, match="line 1.*file_name and text"):
@@ -130,3 +132,35 @@ def test_folder_faults(tmp_path):
         warnings.simplefilter("always")
         assert {source.example(i, 1)[0] for i in range(12)} == {"good"}
     assert len(source.skipped) == 2 and len([w for w in caught if "does not decode" in str(w.message)]) == 1
+
+
+def test_emoji_are_pictures_with_english_names():
+    try:
+        emoji_font()
+    except ValueError as error:
+        pytest.skip(str(error))
+    source = open_source("emoji", 32)
+    assert len(source.glyphs) > 1200 and len(source.names) == len(source.glyphs)
+    assert source.names["\U0001f431"][:2] == ["cat face", "cat"] and len(source.missing) < 200
+    assert not [text for text in source.glyphs if len(text.rstrip("\ufe0f")) > 1], "no skin tones, no flags"
+    red = source.glyphs["\U0001f534"].astype(int)  # a large red circle
+    assert (red[16, 16] - [200, 0, 0]).min() >= 0 and red[16, 16, 1] < 80 and (red[0, 0] == BACKGROUND).all()
+    assert len({glyph.tobytes() for glyph in source.glyphs.values()}) > 0.98 * len(source.glyphs), "pictures differ"
+    captions = {source.example(i, 1)[0] for i in range(3000)}
+    forbidden = {form for text in source.held_out for name in source.names[text][:1] for form in (name, f"{name} emoji")}
+    seen = {name for text in source.trained for name in source.names[text]}
+    assert len(source.held_out) == len(source.glyphs) // 10 and not captions & (forbidden - seen - {f"{n} emoji" for n in seen})
+    other = open_source("emoji", 32, seed=1)
+    assert other.held_out == source.held_out and other.example(5, 1)[0] != source.example(5, 1)[0]
+    assert np.array_equal(source.example(7, 2)[1], open_source("emoji", 32).example(7, 2)[1])
+
+
+def test_emoji_fonts_that_do_not_serve():
+    with pytest.raises(ValueError, match="nowhere.ttf cannot be read.*fonts-noto-color-emoji"):
+        open_source("emoji", 16, font="nowhere.ttf")
+    try:
+        plain = ImageFont.truetype("DejaVuSans.ttf", 20).path
+    except OSError:
+        pytest.skip("no DejaVu Sans here")
+    with pytest.raises(ValueError, match="has no colours"):
+        open_source("emoji", 16, font=plain)
