@@ -138,8 +138,8 @@ def summarize(suite: str, prompts: list[Prompt], grades: list[Grade]) -> dict:
 # what the reader sees
 
 
-def print_suite(suite: str, results: list[dict]) -> None:
-    """One run, or two side by side."""
+def print_suite(suite: str, results: dict[str, dict]) -> None:
+    """run -> its results: one run, or two side by side."""
 
     def cells(result: dict) -> str:
         low, high = result["interval"]
@@ -148,17 +148,18 @@ def print_suite(suite: str, results: list[dict]) -> None:
     def line(name: str, entries: list[dict]) -> None:
         text = f"  {name:30}" + "   ".join(map(cells, entries)) + f"  {entries[0]['n']:5}"
         off = entries[0].get("color_off")
-        text += " " * 8 if off is None else f"{off:8.0f}"
+        text += " " * 9 if off is None else f"{off:9.0f}"
         print(text + ("  " + ", ".join(f"{n} {why}" for why, n in entries[0]["wrong"].items()) if len(entries) == 1 else ""))
 
-    unit = "dE" if suite == "colors" else "RGB"
-    print(f"{suite:32}" + "   ".join(["right  95 %        "] * len(results)) + f"      n  {'off, ' + unit:>6}"
-          + ("  wrong because" if len(results) == 1 else ""))  # fmt: skip
-    for row in results[0]["rows"]:
-        line(row, [result["rows"][row] for result in results])
+    heads = (f"{Path(name).name[:19]:>19}" for name in results) if len(results) > 1 else ["right  95 %        "]
+    off = "off, dE" if suite == "colors" else "off, RGB"
+    print(f"{suite:32}{'   '.join(heads)}      n{off:>9}" + ("  wrong because" if len(results) == 1 else ""))
+    first = next(iter(results.values()))
+    for row in first["rows"]:
+        line(row, [result["rows"][row] for result in results.values()])
     for name in ("one object", "two objects", "mean"):
-        if name in results[0]:
-            line(f"{name}, but English" if suite in LEFT_OUT else name, [result[name] for result in results])
+        if name in first:
+            line(f"{name}, but English" if suite in LEFT_OUT else name, [result[name] for result in results.values()])
     print(flush=True)
 
 
@@ -224,12 +225,15 @@ def ridge(X: torch.Tensor, Y: torch.Tensor, strength: float = 0.05) -> Callable[
 
 
 def hear(llm: FrozenLLM, captions: list[str]) -> list[torch.Tensor]:
-    """What the LLM hands over of each caption, layer by layer: its values, the mean over the text tokens, (B, G Dv)."""
+    """What the LLM hands over of each caption, layer by layer: its values, their mean over the text tokens beside those of the
+    last token, which has read all of it. (B, 2 G Dv)"""
     parts = []
     for start in range(0, len(captions), 256):
         context = llm.context(captions[start : start + 256])
-        lengths = context.lengths[:, None, None].clamp_min(1)
-        parts.append([(v.float().sum(2) / lengths).flatten(1).cpu() for v in context.values])  # padding is zero
+        lengths, rows = context.lengths.clamp_min(1), torch.arange(len(context.lengths))
+        means = [v.float().sum(2) / lengths[:, None, None] for v in context.values]  # padding is zero
+        lasts = [v[rows, :, lengths - 1].float() for v in context.values]
+        parts.append([torch.cat(pair, -1).flatten(1).cpu() for pair in zip(means, lasts)])
     return [torch.cat(layer) for layer in zip(*parts)]
 
 
@@ -360,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
             drawn.append((name, pictures, grades))
             results[name][suite] = {"settings": settings} | summarize(suite, prompts, grades)
         graded += [(suite, prompt, g) for prompt, g in zip(prompts, drawn[0][2])]
-        print_suite(suite, [results[name][suite] for name in names])
+        print_suite(suite, {name: results[name][suite] for name in names})
         args.out.mkdir(parents=True, exist_ok=True)
         sheet(prompts, drawn).save(args.out / f"evaluate-{suite}.png")
     if args.probe:
