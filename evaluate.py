@@ -12,7 +12,6 @@ row (of the table), prompt, groups ([count, color or null, shape]), and where it
 import argparse
 import json
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,14 +21,13 @@ from statistics import median
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from data import BACKGROUND, COLORS, PROMPTS, SHAPES, Group, Scene, Shapes
 from judge import BASIC_COLORS, Found, Verdict, basic_color, delta_e, judge, lab
 from model import FrozenLLM, ImageExpert
 from sample import (
     OneLineParser,
-    caption_font,
     draw,
     llm_of,
     load_expert,
@@ -37,8 +35,10 @@ from sample import (
     one_line_errors,
     pick_device,
     pick_dtype,
+    picture_table,
     positive,
     seed_number,
+    spread,
 )
 
 SUITES = ("geneval", "unseen", "languages", "colors", "emoji", "ascii", "knowledge", "parrot")
@@ -163,53 +163,21 @@ def print_suite(suite: str, results: dict[str, dict]) -> None:
     print(flush=True)
 
 
-GREEN, RED = (40, 150, 60), (200, 50, 50)
-
-
-def sheet(prompts: list[Prompt], runs: list[tuple[str, np.ndarray, list[Grade]]], columns: int = 8) -> Image.Image:
-    """A suite at a glance: a line of pictures for each row, evenly picked, with their prompts; green frames are right, red
-    wrong. Two runs stand side by side. runs: name, pictures (prompts, height, width, 3), grades."""
-    columns = columns // len(runs)
+def sheet(prompts: list[Prompt], runs: list[tuple[str, np.ndarray, list[Grade]]]) -> Image.Image:
+    """A suite at a glance: a line of pictures for each row, two runs side by side, green frames right and red ones wrong.
+    runs: name, pictures (prompts, height, width, 3), grades."""
     rows: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         rows.setdefault(prompt.row, []).append(i)
-    side, width, text_height, label_height, gap = 72, 116, 36, 20, 6
-    block = columns * width + 16
-    height = label_height + gap + side + text_height
-    image = Image.new("RGB", (gap + block * len(runs), label_height + len(rows) * height), "white")
-    ink = ImageDraw.Draw(image)
-    for k, (name, pictures, grades) in enumerate(runs):
-        ink.text((gap + k * block, 2), name, fill="black", font=caption_font(name, 13))
-        for r, (row, members) in enumerate(rows.items()):
-            y = label_height + r * height
+    blocks = []
+    for name, pictures, grades in runs:
+        lines = {}
+        for row, members in rows.items():
             score = sum(grades[i].reason is None for i in members) / len(members)
-            ink.text((gap + k * block, y), f"{row}: {score:.2f}", fill=(90, 90, 90), font=caption_font(row, 12))
-            for c, i in enumerate(members[j] for j in spread(len(members), columns)):
-                x, top = gap + k * block + c * width, y + label_height
-                frame = GREEN if grades[i].reason is None else RED
-                ink.rectangle((x, top, x + side + 3, top + side + 3), fill=frame)
-                picture = Image.fromarray(pictures[i]).resize((side, side), Image.Resampling.NEAREST)
-                image.paste(picture, (x + 2, top + 2))
-                write_small(ink, (x, top + side + 5), prompts[i].text, width - 6, lines=3)
-    return image
-
-
-def spread(n: int, k: int) -> list[int]:
-    """k of n places, evenly spread, the first among them."""
-    return [i * n // min(n, k) for i in range(min(n, k))]
-
-
-def write_small(ink: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, lines: int) -> None:
-    """A prompt, broken into lines between words, or inside a word that is too long."""
-    text = "".join(f"[{unicodedata.name(c, c).lower()}]" if ord(c) >= 0x1F000 else c for c in text)  # few fonts have emoji
-    font = caption_font(text, 10)
-    done, now = [], ""
-    for character in text:
-        if character == "\n" or ink.textlength(now + character, font) > width:
-            head, space, tail = ("", "", now) if character == "\n" else now.rpartition(" ")
-            done, now = ([*done, head], tail) if space else ([*done, now], "")
-        now += character.strip("\n")
-    ink.multiline_text(place, "\n".join([*done, now][:lines]), fill="black", font=font, spacing=1)
+            shown = [members[k] for k in spread(len(members), 8 // len(runs))]
+            lines[f"{row}: {score:.2f}"] = [(pictures[i], prompts[i].text, grades[i].reason is None) for i in shown]
+        blocks.append((name, lines))
+    return picture_table(blocks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

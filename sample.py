@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
@@ -157,6 +158,49 @@ def captioned_grid(pictures: np.ndarray, captions: list[str], columns: int = 4) 
             sheet.paste(enlarged, (x + k * (width * scale + 4), y))
         ink.multiline_text((x, y + cell_height + 2), "\n".join(text), fill="black", font=caption_font(caption, 12), spacing=3)
     return sheet
+
+
+def picture_table(blocks: list[tuple[str, dict[str, list[tuple[np.ndarray, str, bool | None]]]]]) -> Image.Image:
+    """Lines of small pictures with a title each, in blocks side by side. blocks: name, title -> [(picture (height, width, 3),
+    text below, whether it is right)]; a frame is green where it is, red where it is not, none for None."""
+    side, width, text_height, title_height, gap = 72, 116, 36, 20, 6
+    height = title_height + gap + side + text_height
+    columns = max(len(line) for _, lines in blocks for line in lines.values())
+    block_width, rows = columns * width + 16, max(len(lines) for _, lines in blocks)
+    image = Image.new("RGB", (gap + block_width * len(blocks), title_height + rows * height), "white")
+    ink = ImageDraw.Draw(image)
+    for k, (name, lines) in enumerate(blocks):
+        left = gap + k * block_width
+        ink.text((left, 2), name, fill="black", font=caption_font(name, 13))
+        for r, (title, line) in enumerate(lines.items()):
+            top = title_height + r * height
+            ink.text((left, top), title, fill=(90, 90, 90), font=caption_font(title, 12))
+            for c, (picture, text, right) in enumerate(line):
+                x, y = left + c * width, top + title_height
+                if right is not None:
+                    ink.rectangle((x, y, x + side + 3, y + side + 3), fill=(40, 150, 60) if right else (200, 50, 50))
+                enlarged = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
+                image.paste(enlarged, (x + 2, y + 2))
+                write_small(ink, (x, y + side + 5), text, width - 6, lines=3)
+    return image
+
+
+def spread(n: int, k: int) -> list[int]:
+    """k of n places, evenly spread, the first among them."""
+    return [i * n // min(n, k) for i in range(min(n, k))]
+
+
+def write_small(ink: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, lines: int) -> None:
+    """A prompt, broken into lines between words, or inside a word that is too long."""
+    text = "".join(f"[{unicodedata.name(c, c).lower()}]" if ord(c) >= 0x1F000 else c for c in text)  # few fonts have emoji
+    font = caption_font(text, 10)
+    done, now = [], ""
+    for character in text:
+        if character == "\n" or ink.textlength(now + character, font) > width:
+            head, space, tail = ("", "", now) if character == "\n" else now.rpartition(" ")
+            done, now = ([*done, head], tail) if space else ([*done, now], "")
+        now += character.strip("\n")
+    ink.multiline_text(place, "\n".join([*done, now][:lines]), fill="black", font=font, spacing=1)
 
 
 def newest_run(folder: Path = Path("runs")) -> Path:
