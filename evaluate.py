@@ -15,6 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from math import sqrt
 from pathlib import Path
 from statistics import median
@@ -23,8 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import BACKGROUND, COLORS, PROMPTS, SHAPES, Group, Scene, Shapes
-from judge import BASIC_COLORS, Found, Verdict, basic_color, delta_e, judge, lab
+from data import BACKGROUND, COLORS, PROMPTS, SHAPES, Emoji, Group, Scene, Shapes
+from judge import BASIC_COLORS, Found, Verdict, basic_color, delta_e, judge, lab, learned_features, pixel_features, ranks
 from model import FrozenLLM, ImageExpert
 from sample import (
     OneLineParser,
@@ -270,6 +271,79 @@ def print_probe(table: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# emoji: which of them is the picture nearest to?
+
+EMOJI_SUITES = ("recall", "emoji-languages", "unseen-names")
+ASKED = 128  # emoji asked for in every language: the first in the order of a hash, so that no seed changes them
+
+
+def read_emoji_suite(name: str, source: Emoji, limit: int | None) -> list[tuple[str, str, str]]:
+    """(row, prompt, emoji) for each prompt: the English names of the emoji trained on, of some of them in the package's other
+    languages, or of those never trained on."""
+    from emoji import EMOJI_DATA, LANGUAGES, config
+
+    if name == "unseen-names":
+        return [("English", source.names[text][0], text) for text in sorted(source.held_out)[:limit]]
+    if name == "recall":
+        return [("English", source.names[text][0], text) for text in source.trained[:limit]]
+    config.load_language()
+    asked = sorted(source.trained, key=lambda text: sha256(text.encode()).digest())[: limit or ASKED]
+    return [(language, EMOJI_DATA[text][language].strip(":").replace("_", " "), text)
+            for language in LANGUAGES if language != "en" for text in asked if language in EMOJI_DATA[text]]  # fmt: skip
+
+
+def rank_scores(places: np.ndarray, candidates: int, seed: int = 0) -> dict:
+    """Shares of the first and the first five places and the median, each with a 95 % bootstrap interval over the prompts."""
+    drawn = np.random.default_rng(seed).choice(places, (1000, len(places)))
+    result = {"n": len(places), "candidates": candidates}
+    for name, measure in (("top 1", lambda p: (p == 1).mean(-1)), ("top 5", lambda p: (p <= 5).mean(-1)),
+                          ("median rank", lambda p: np.median(p, axis=-1))):  # fmt: skip
+        low, high = np.quantile(measure(drawn), (0.025, 0.975))
+        result[name] = {"score": float(measure(places)), "interval": (float(low), float(high))}
+    return result
+
+
+def evaluate_emoji(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, FrozenLLM]]) -> dict[str, dict]:
+    """Score, print and picture the emoji suites of one run or two. -> run -> suite -> row -> measure -> scores."""
+    options = runs[0][1].made_for.get("emoji", {})
+    source = Emoji(runs[0][1].image_size, 0, options.get("font"), options.get("variants", False))
+    measures = {"pixels": pixel_features, "features": learned_features(np.stack(list(source.glyphs.values())))}
+    results = {name: {} for name, _, _ in runs}
+    for suite in args.suite:
+        prompts = [prompt for prompt in read_emoji_suite(suite, source, args.limit) for _ in range(args.n)]
+        among = sorted(source.held_out) if suite == "unseen-names" else source.trained
+        candidates, place = np.stack([source.glyphs[text] for text in among]), {text: i for i, text in enumerate(among)}
+        seeds, blocks = [args.seed + i for i in range(len(prompts))], []
+        print(f"{suite} (chance: top 1 {1 / len(among):.4f}, median rank {(len(among) + 1) / 2:.0f} of {len(among)})")
+        for name, expert, llm in runs:
+            pictures = draw(expert, llm, [prompt for _, prompt, _ in prompts], seeds, args.steps, args.guidance)
+            places = {measure: ranks(features(pictures), features(candidates), [place[text] for *_, text in prompts])
+                      for measure, features in measures.items()}  # fmt: skip
+            rows, lines = {}, {}
+            for row in dict.fromkeys(row for row, _, _ in prompts):
+                here = [i for i, prompt in enumerate(prompts) if prompt[0] == row]
+                rows[row] = {measure: rank_scores(all_[here], len(among)) for measure, all_ in places.items()}
+                print_ranks(f"{Path(name).name} {row}", rows[row])
+                shown = [here[k] for k in spread(len(here), 8)]
+                lines[f"{row}, true"] = [(source.glyphs[prompts[i][2]], source.names[prompts[i][2]][0], None) for i in shown]
+                lines[row] = [(pictures[i], prompts[i][1], bool(places["features"][i] == 1)) for i in shown]
+            results[name][suite] = {"rows": rows}
+            if len(rows) > 1:
+                results[name][suite]["mean"] = {m: rank_scores(all_, len(among)) for m, all_ in places.items()}
+                print_ranks(f"{Path(name).name}, all", results[name][suite]["mean"])
+            blocks.append((name, lines))
+        picture_table(blocks).save(args.out / f"evaluate-{suite}.png")
+    return results
+
+
+def print_ranks(name: str, scores: dict[str, dict]) -> None:
+    for measure, some in scores.items():
+        cells = (f"{key} {some[key]['score']:.4g} ({some[key]['interval'][0]:.3g} to {some[key]['interval'][1]:.3g})"
+                 for key in ("top 1", "top 5", "median rank"))  # fmt: skip
+        print(f"  {name:20} {measure:8}  " + "   ".join(cells), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the command
 
 
@@ -278,7 +352,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", help="a run's folder or a Hub id (default: the newest run under runs/)")
     add("--versus", help="another run, to stand beside it")
-    add("--suite", default=",".join(SUITES), help="which suites, with commas")
+    add("--suite", help="which suites, with commas (default: all that there are for the run's data)")
     add("--probe", action="store_true", help="also probe the LLM's layers for colour and shape")
     add("--rows", help="only these rows of the suite, with commas")
     add("--n", type=positive(int), default=1, help="pictures of each prompt")
@@ -290,20 +364,32 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert")
     args = parser.parse_args(argv)
-    args.suite = args.suite.split(",")
-    if unknown := [name for name in args.suite if name not in SUITES]:
-        raise ValueError(f"--suite {unknown[0]}: expected some of {','.join(SUITES)}")
     args.ckpt = args.ckpt or str(newest_run())
     home = Path(args.ckpt if Path(args.ckpt).is_dir() else "evaluation")
     args.out = Path(args.out or (home / "partial" if args.rows or args.limit else home))
     return args
 
 
-def open_run(ckpt: str, device: torch.device, dtype: torch.dtype) -> tuple[ImageExpert, FrozenLLM]:
-    expert = load_expert(ckpt, device)
-    if expert.made_for.get("data") != "shapes":
-        raise ValueError(f"{ckpt} was trained on {expert.made_for.get('data')}: all suites here need a run on shapes")
-    return expert, llm_of(expert, None, device, dtype)
+SUITES_OF = {"shapes": SUITES, "emoji": EMOJI_SUITES}
+
+
+def open_runs(args: argparse.Namespace) -> list[tuple[str, ImageExpert, FrozenLLM]]:
+    """The run, and the other one beside it; fills in args.suite. ValueError if no suite, or not this one, is for their data."""
+    device, _ = pick_device(args.device)
+    dtype, _ = pick_dtype(args.dtype, device)
+    names = [args.ckpt] + ([args.versus] if args.versus else [])
+    experts = {name: load_expert(name, device) for name in names}
+    data = {name: expert.made_for.get("data") for name, expert in experts.items()}
+    if wrong := [name for name in names if data[name] not in SUITES_OF or data[name] != data[args.ckpt]]:
+        ours = "; ".join(f"{','.join(suites)} for {kind}" for kind, suites in SUITES_OF.items())
+        raise ValueError(
+            f"{wrong[0]} was trained on {data[wrong[0]]}; there are the suites {ours}, and two runs must be of one"
+        )
+    known = SUITES_OF[data[args.ckpt]]
+    args.suite = args.suite.split(",") if args.suite else list(known)
+    if unknown := [name for name in args.suite if name not in known]:
+        raise ValueError(f"--suite {unknown[0]}: for a run on {data[args.ckpt]} expected some of {','.join(known)}")
+    return [(name, expert, llm_of(expert, None, device, dtype)) for name, expert in experts.items()]
 
 
 def save_results(path: Path, results: dict) -> None:
@@ -313,15 +399,10 @@ def save_results(path: Path, results: dict) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    device, _ = pick_device(args.device)
-    dtype, _ = pick_dtype(args.dtype, device)
-    names = [args.ckpt] + ([args.versus] if args.versus else [])
-    runs = [(name, *open_run(name, device, dtype)) for name in names]
+def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, FrozenLLM]]) -> dict[str, dict]:
+    """Score, print and picture the suites of one run or two, and probe the first. -> run -> suite -> scores."""
     rows = args.rows.split(",") if args.rows else None
-    settings = {key: vars(args)[key] for key in ("n", "limit", "steps", "guidance", "seed")}
-    results, graded = {name: {"run": name, "made_for": expert.made_for} for name, expert, _ in runs}, []
+    results, graded = {name: {} for name, _, _ in runs}, []
     for suite in args.suite:
         prompts = [prompt for prompt in read_suite(suite, args.limit, rows) for _ in range(args.n)]
         seeds = [args.seed + i for i in range(len(prompts))]  # a noise of its own for each picture
@@ -330,20 +411,28 @@ def main(argv: list[str] | None = None) -> None:
             pictures = draw(expert, llm, [prompt.text for prompt in prompts], seeds, args.steps, args.guidance)
             grades = [grade(prompt, picture) for prompt, picture in zip(prompts, pictures)]
             drawn.append((name, pictures, grades))
-            results[name][suite] = {"settings": settings} | summarize(suite, prompts, grades)
+            results[name][suite] = summarize(suite, prompts, grades)
         graded += [(suite, prompt, g) for prompt, g in zip(prompts, drawn[0][2])]
-        print_suite(suite, {name: results[name][suite] for name in names})
-        args.out.mkdir(parents=True, exist_ok=True)
+        print_suite(suite, {name: result[suite] for name, result in results.items()})
         sheet(prompts, drawn).save(args.out / f"evaluate-{suite}.png")
     if args.probe:
-        _, expert, llm = runs[0]
+        name, _, llm = runs[0]
         llm.keep(range(len(llm.layers)))
-        table = probe(llm, graded, args.seed)
-        print_probe(table)
-        results[args.ckpt]["probe"] = table
-    save_results(args.out / "evaluate.json", results[args.ckpt])
-    if args.versus:
-        save_results(args.out / "versus.json", results[args.versus])
+        results[name]["probe"] = probe(llm, graded, args.seed)
+        print_probe(results[name]["probe"])
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    runs = open_runs(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = runs[0][1].made_for["data"]
+    results = (evaluate_shapes if data == "shapes" else evaluate_emoji)(args, runs)
+    settings = {key: vars(args)[key] for key in ("n", "limit", "steps", "guidance", "seed")}
+    for (name, expert, _), file in zip(runs, ("evaluate.json", "versus.json")):
+        scores = {key: value | {"settings": settings} if key in args.suite else value for key, value in results[name].items()}
+        save_results(args.out / file, {"run": name, "made_for": expert.made_for} | scores)
     print(f"{args.out / 'evaluate.json'}, and a picture of each suite beside it: green frames are right, red are wrong")
 
 

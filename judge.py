@@ -8,18 +8,23 @@ connected region whose pixels lie on the line from the background to one colour;
 and where, each of the shapes would have to be; the shape that covers it best is its shape. Pictures drawn by a network
 (soft edges, noise, colours somewhat off) are read by the same steps with the same constants.
 
+Pictures of other things have no such reading; of those, `ranks` says which of many candidates a picture is nearest to.
+
 Not judged: the size words ("small", "large"), and the place of things where the scene names no relation.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from statistics import fmean
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from torch import Tensor, nn
 
 from data import BACKGROUND, CANONICAL_COLORS, COLORS, RELATIONS, SHAPES, Group, Scene, Thing, draw_things
 
@@ -271,3 +276,62 @@ def judge(image: np.ndarray, scene: Scene) -> Verdict:
     distances = [[math.dist(thing.rgb, COLORS[group.color]) for group, things in zip(scene.groups, split, strict=True)
                   if group.color for thing in things] for split in splits]  # fmt: skip
     return Verdict(reason is None, reason, tuple(found), min(map(fmean, distances)) if any(distances) else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures that are no scenes of shapes: which of these candidates is it nearest to?
+
+
+def pixel_features(pictures: np.ndarray) -> Tensor:
+    """uint8 (B, height, width, 3) -> (B, height width 3), so that distances are those of the pixels."""
+    return torch.from_numpy(pictures).float().flatten(1) / 255
+
+
+def _augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift, scale, tilt, soften and recolour a little, each picture of (B, 3, S, S) in its own way."""
+
+    def some(*shape: int) -> Tensor:
+        return 2 * torch.rand(len(pictures), *shape, generator=generator) - 1
+
+    scale, tilt, shift = 1 + 0.15 * some(1), 0.15 * some(1), 0.12 * some(2)
+    rows = [torch.cat([scale, -tilt, shift[:, :1]], 1), torch.cat([tilt, scale, shift[:, 1:]], 1)]
+    matrix = torch.stack(rows, 1)  # (B, 2, 3)
+    grid = F.affine_grid(matrix, list(pictures.shape), align_corners=False)
+    moved = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    soft = F.avg_pool2d(moved, 3, 1, 1)
+    moved = torch.lerp(moved, soft, (some(1, 1, 1) + 1) / 2) * (1 + 0.15 * some(3, 1, 1)) + 0.1 * some(3, 1, 1)
+    return moved + 0.03 * torch.randn(moved.shape, generator=generator)
+
+
+def learned_features(candidates: np.ndarray, seed: int = 0, steps: int = 300) -> Callable[[np.ndarray], Tensor]:
+    """A small network that has learned to tell these pictures, uint8 (M, S, S, 3), apart when they are shifted, tilted, soft
+    or recoloured; it never sees a generated one. -> pictures (B, S, S, 3) to unit vectors (B, 128)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        widths = (3, 32, 64, 128)
+        layers = [layer for i, o in pairwise(widths) for layer in (nn.Conv2d(i, o, 3, 2, 1), nn.GroupNorm(8, o), nn.GELU())]
+        net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(widths[-1] * 16, 128))
+        names = nn.Parameter(torch.randn(len(candidates), 128))
+
+    def embed(x: Tensor) -> Tensor:
+        return F.normalize(net(x), dim=-1)
+
+    glyphs = torch.from_numpy(candidates).movedim(-1, 1).float() / 127.5 - 1
+    optimizer = torch.optim.AdamW([*net.parameters(), names], lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
+    for _ in range(steps):
+        chosen = torch.randint(len(glyphs), (128,), generator=generator)
+        scores = 16 * embed(_augment(glyphs[chosen], generator)) @ F.normalize(names, dim=-1).T
+        optimizer.zero_grad()
+        F.cross_entropy(scores, chosen).backward()
+        optimizer.step()
+        schedule.step()
+    return torch.no_grad()(lambda pictures: embed(torch.from_numpy(pictures).movedim(-1, 1).float() / 127.5 - 1))
+
+
+def ranks(pictures: Tensor, candidates: Tensor, truth: list[int]) -> np.ndarray:
+    """The place of each picture's true candidate among all by distance, 1 the nearest: features (P, D) and (M, D) -> (P,)."""
+    distances = torch.cdist(pictures.double(), candidates.double())
+    true = distances.gather(1, torch.tensor(truth)[:, None])
+    return 1 + (distances < true).sum(1).numpy()

@@ -143,6 +143,8 @@ def build_expert(args: argparse.Namespace, llm: FrozenLLM) -> ImageExpert:
     heads = args.heads or layers[0]["kv_heads"] * max(1, per_group)
     made_for = {"llm": args.llm, "llm_fingerprint": llm.fingerprint, "random_llm": args.seed if args.random_llm else None,
                 "template": args.template, "expose": args.expose, "data": args.data}  # fmt: skip
+    if args.data == "emoji":
+        made_for["emoji"] = {"font": args.emoji_font, "variants": args.emoji_variants}
     torch.manual_seed(args.seed)
     return ImageExpert(layers, args.width, heads, args.patch, args.image_size, prediction=args.prediction, made_for=made_for)
 

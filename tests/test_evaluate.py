@@ -14,9 +14,9 @@ import evaluate
 import sample
 import train
 from conftest import CPU
-from data import TEST_PROMPTS, Shapes, Thing, draw_things, lay_out
+from data import TEST_PROMPTS, Emoji, Shapes, Thing, draw_things, lay_out
 from evaluate import SUITES, grade, mean_of_rows, read_suite, ridge, tally, wilson
-from judge import Verdict
+from judge import Verdict, learned_features, pixel_features, ranks
 from model import fingerprint, load_llm
 
 ROOT = Path(__file__).parent.parent
@@ -152,7 +152,9 @@ def test_evaluate_refuses_bad_input(two_runs, tmp_path):
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
         return done.stderr
 
-    assert "geneval,unseen,languages" in answer("--ckpt", two_runs[0], "--suite", "poems")
+    assert "--suite poems: for a run on shapes expected some of geneval,unseen,languages" in answer(
+        "--ckpt", two_runs[0], "--suite", "poems"
+    )
     assert "nothing" in answer("--ckpt", tmp_path / "nothing")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "model.safetensors").write_bytes(b"no weights")
@@ -160,7 +162,8 @@ def test_evaluate_refuses_bad_input(two_runs, tmp_path):
     expert = sample.load_expert(str(two_runs[0]), CPU)
     expert.config["made_for"] = expert.made_for | {"data": "my-pictures"}
     expert.save_pretrained(tmp_path / "elsewhere")
-    assert "my-pictures" in answer("--ckpt", tmp_path / "elsewhere") and "shapes" in answer("--ckpt", tmp_path / "elsewhere")
+    told = answer("--ckpt", tmp_path / "elsewhere")
+    assert "was trained on my-pictures; the suites are geneval" in told and "recall,emoji-languages" in told
 
 
 def test_layouts_of_the_official_evaluators(two_runs, tmp_path, monkeypatch):
@@ -197,3 +200,32 @@ def test_layouts_of_the_official_evaluators(two_runs, tmp_path, monkeypatch):
     (tmp_path / "broken.jsonl").write_text("not json\n")
     with pytest.raises(ValueError, match="broken.jsonl"):
         run("geneval", "broken.jsonl")
+
+
+def test_emoji_suites(llm_folder, tmp_path):
+    """A tiny run on emoji, and its scores: pictures that are the true glyphs rank first, noise ranks by chance."""
+    try:
+        source = Emoji(16)
+    except ValueError as error:
+        pytest.skip(str(error))
+    flags = ["--llm", llm_folder("qwen2"), "--device", "cpu", "--dtype", "float32", "--batch-size", "8", "--width", "32",
+             "--depth", "2", "--steps", "2", "--image-size", "16", "--data", "emoji", "--out", tmp_path / "run"]  # fmt: skip
+    train.main(list(map(str, flags)))
+    evaluate.main(["--ckpt", str(tmp_path / "run"), "--limit", "3", "--steps", "1", "--device", "cpu", "--dtype", "float32"])
+    results = json.loads((tmp_path / "run" / "partial" / "evaluate.json").read_text("utf-8"))
+    assert len(results["emoji-languages"]["rows"]) == 13 and results["unseen-names"]["rows"]["English"]["pixels"]["n"] == 3
+    assert Image.open(tmp_path / "run" / "partial" / "evaluate-emoji-languages.png").width > 100
+    asked = evaluate.read_emoji_suite("emoji-languages", source, None)
+    assert {text for *_, text in asked} <= set(source.trained) and ("it", "muso di gatto") in {
+        (row, prompt) for row, prompt, _ in evaluate.read_emoji_suite("emoji-languages", source, 2000)}  # fmt: skip
+    assert {text for *_, text in evaluate.read_emoji_suite("unseen-names", source, None)} == source.held_out
+    glyphs = np.stack(list(source.glyphs.values()))
+    noise = np.random.default_rng(0).integers(0, 256, glyphs.shape, np.uint8)
+    for features in (pixel_features, learned_features(glyphs, steps=20)):
+        assert (ranks(features(glyphs), features(glyphs), list(range(len(glyphs)))) == 1).all()
+        places = ranks(features(noise), features(glyphs), list(range(len(glyphs))))
+        assert 0.4 < np.median(places) / len(glyphs) < 0.6, "noise is as near to one glyph as to another"
+    scores = evaluate.rank_scores(np.array([1] * 30 + [4] * 30 + [50] * 40), 100)
+    assert scores["top 1"]["score"] == 0.3 and scores["top 5"]["score"] == 0.6 and scores["median rank"]["score"] == 4
+    low, high = scores["top 1"]["interval"]
+    assert 0.2 < low < 0.25 and 0.35 < high < 0.4, "a bootstrap of 100 prompts: about 1.96 sqrt(0.3 0.7 / 100) each way"
