@@ -36,6 +36,7 @@ def workplace(tmp_path_factory) -> Path:
     Image.new("RGB", (40, 40), "red").save(place / "my-pictures" / "a.png")
     (place / "my-pictures" / "a.txt").write_text("a red field")
     (place / "prompts.txt").write_text("a red circle\n")
+    (place / "evaluation_metadata.jsonl").write_text('{"tag": "colors", "prompt": "a photo of a red star"}\n')
     cached = place / "hub" / "models--Qwen--Qwen2.5-0.5B"
     save_tiny_llm("qwen2", cached / "snapshots" / ("0" * 40))
     (cached / "refs").mkdir()
@@ -68,6 +69,6 @@ def test_command(command, workplace):
         made = Path(re.search(r"^data .*; run (\S+?),?( |$)", done.stdout, re.MULTILINE).group(1))
         assert load_expert(str(workplace / made), CPU).made_for["llm"]
         assert list((workplace / made).glob("samples-*.png"))
-    if words[1] == "sample.py":
+    if words[1] == "sample.py" and "--layout" not in words:
         for line in done.stdout.splitlines()[1:]:
             assert Image.open(workplace / line).size[0] > 0
