@@ -382,9 +382,7 @@ def open_runs(args: argparse.Namespace) -> list[tuple[str, ImageExpert, FrozenLL
     data = {name: expert.made_for.get("data") for name, expert in experts.items()}
     if wrong := [name for name in names if data[name] not in SUITES_OF or data[name] != data[args.ckpt]]:
         ours = "; ".join(f"{','.join(suites)} for {kind}" for kind, suites in SUITES_OF.items())
-        raise ValueError(
-            f"{wrong[0]} was trained on {data[wrong[0]]}; there are the suites {ours}, and two runs must be of one"
-        )
+        raise ValueError(f"{wrong[0]} was trained on {data[wrong[0]]}; the suites are {ours}, and two runs must be of one kind")
     known = SUITES_OF[data[args.ckpt]]
     args.suite = args.suite.split(",") if args.suite else list(known)
     if unknown := [name for name in args.suite if name not in known]:
