@@ -22,24 +22,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 # the vocabulary of the shapes
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "ring", "cross")
-CANONICAL_COLORS = (
-    "red",
-    "orange",
-    "yellow",
-    "green",
-    "blue",
-    "purple",
-    "pink",
-    "brown",
-    "black",
-    "white",
-)  # GenEval's
-RELATIONS = {
-    "left of": (-1, 0),
-    "right of": (1, 0),
-    "above": (0, -1),
-    "below": (0, 1),
-}  # (x, y) of A as seen from B; y down
+CANONICAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")  # GenEval's
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # (x, y) of A from B; y down
 COUNT_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
 BACKGROUND = (128, 128, 128)  # the grey at equal distance from all corners of the RGB cube, and 0 to the network
 

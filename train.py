@@ -44,16 +44,7 @@ from sample import (
 LOOK_AHEAD = 32  # steps whose captions go to the LLM together
 LOG_EVERY = 50  # steps a line of metrics.jsonl
 TIME_BINS = 5  # of equal width in t
-MAY_CHANGE = {
-    "resume",
-    "out",
-    "steps",
-    "device",
-    "compile",
-    "sample_every",
-    "save_every",
-    "context_cache_mb",
-}  # on resuming
+MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every", "context_cache_mb"}  # on resuming
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> argparse.Namespace:
