@@ -192,7 +192,9 @@ def spread(n: int, k: int) -> list[int]:
 
 def write_small(ink: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, lines: int) -> None:
     """A prompt, broken into lines between words, or inside a word that is too long."""
-    text = "".join(f"[{unicodedata.name(c, c).lower()}]" if ord(c) >= 0x1F000 else c for c in text)  # few fonts have emoji
+    emoji = (c for c in text if ord(c) >= 0x1F000 or 0x2B00 <= ord(c) < 0x2C00)  # few fonts have them beside letters
+    for c in dict.fromkeys(emoji):
+        text = text.replace(c, f"[{unicodedata.name(c, f'U+{ord(c):X}').lower()}]")
     font = caption_font(text, 10)
     done, now = [], ""
     for character in text:
