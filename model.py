@@ -176,6 +176,9 @@ class FrozenLLM:
         """Hand over only these attention layers (the expert's own), in this order. Empties the cache."""
         self.kept = [self.layers[i] for i in indices]
         self._widths = [layer.kv_heads * width for layer in self.kept for width in (layer.key_width, layer.value_width)]
+        self._forget()
+
+    def _forget(self) -> None:
         self._cached.clear()
         self._cached_bytes = 0
 
@@ -193,8 +196,7 @@ class FrozenLLM:
         if expose == "after" and not self._after:
             raise ValueError(f"--expose after: the template {template!r} has no text after the caption")
         self.expose = expose
-        self._cached.clear()
-        self._cached_bytes = 0
+        self._forget()
 
     # -- captions to contexts
 
