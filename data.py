@@ -213,10 +213,10 @@ def draw_things(things: list[Thing], image_size: int, oversample: int = 4) -> np
 
 _RADII = {1: (0.20, 0.28), 2: (0.14, 0.17), 3: (0.13, 0.16), 4: (0.13, 0.16)}  # by the number of things in the picture
 _SIZES = {"small": 0.75, "large": 1.30}
-_SLOTS = {  # where things go before they are jittered; one arrangement is chosen, and who takes which place is shuffled
+_SLOTS = {  # where things go before they are jittered, in reading order: what is said first stands left, or above
     1: [[(0.5, 0.5)]],
     2: [[(0.26, 0.5), (0.74, 0.5)], [(0.5, 0.26), (0.5, 0.74)]],
-    3: [[(0.25, 0.3), (0.75, 0.3), (0.5, 0.73)], [(0.25, 0.7), (0.75, 0.7), (0.5, 0.27)]],
+    3: [[(0.25, 0.3), (0.75, 0.3), (0.5, 0.73)], [(0.5, 0.27), (0.25, 0.7), (0.75, 0.7)]],
     4: [[(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)]],
 }
 
@@ -228,8 +228,6 @@ def lay_out(scene: Scene, rng: np.random.Generator) -> list[Thing]:
     if scene.relation:
         step = 0.24 * np.array(RELATIONS[scene.relation])
         slots = [0.5 + step, 0.5 - step]
-    else:
-        rng.shuffle(slots)
     jitter = {1: 0.06, 2: 0.04, 3: 0.03, 4: 0.03}[n]
     things = []
     for group in scene.groups:
@@ -240,8 +238,7 @@ def lay_out(scene: Scene, rng: np.random.Generator) -> list[Thing]:
             radius = rng.uniform(*_RADII[n]) * _SIZES.get(group.size, 1.0)
             if n > 1:
                 radius = min(radius, 0.18)  # two large neighbours must not touch
-            x, y = slots.pop() if not scene.relation else slots.pop(0)
-            x, y = (np.clip(c + rng.uniform(-jitter, jitter), 1.08 * radius, 1 - 1.08 * radius) for c in (x, y))
+            x, y = (np.clip(c + rng.uniform(-jitter, jitter), 1.08 * radius, 1 - 1.08 * radius) for c in slots.pop(0))
             things.append(Thing(group.shape, COLORS[color], float(x), float(y), float(radius)))
     return things
 
@@ -271,11 +268,11 @@ class Shapes:
         while True:
             kind = rng.random()
             relation = None
-            if kind < 0.33:  # one object
+            if kind < 0.38:  # one object
                 counts = (1,)
-            elif kind < 0.45:  # two to four of a kind
+            elif kind < 0.54:  # two to four of a kind
                 counts = (int(rng.integers(2, 5)),)
-            elif kind < 0.65:  # two kinds, without a word on where they stand
+            elif kind < 0.74:  # two kinds, without a word on where they stand
                 counts = [(1, 1), (1, 1), (1, 1), (1, 1), (1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1)][rng.integers(10)]
             else:  # one left of, right of, above or below another
                 counts, relation = (1, 1), str(rng.choice(list(RELATIONS)))

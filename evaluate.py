@@ -23,6 +23,7 @@ from statistics import median
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from data import BACKGROUND, COLORS, PROMPTS, SHAPES, Emoji, Group, Scene, Shapes
 from judge import BASIC_COLORS, Found, Verdict, basic_color, delta_e, judge, lab, learned_features, pixel_features, ranks
@@ -43,7 +44,7 @@ from sample import (
 )
 
 SUITES = ("geneval", "unseen", "languages", "colors", "emoji", "ascii", "knowledge", "parrot")
-LEFT_OUT = {"languages": {"English"}}  # rows that a suite's mean leaves out: they are there to compare with
+LEFT_OUT = {"languages": {"English"}, "emoji-languages": {"en"}}  # rows to compare with, not in the mean
 NEAR = 15.0  # CIE76 delta E within which a colour counts as the one that was asked for by its numbers
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,8 +186,12 @@ def sheet(prompts: list[Prompt], runs: list[tuple[str, np.ndarray, list[Grade]]]
 # does the LLM know it, or does the expert not hear it?
 
 
-def ridge(X: torch.Tensor, Y: torch.Tensor, strength: float = 0.05) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Ridge regression on standardized features, in its dual form: there are more features than captions."""
+def ridge(X: torch.Tensor, Y: torch.Tensor, strength: float = 10.0) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Ridge regression on standardized features, in its dual form: there are more features than captions.
+
+    The penalty is strong, ten times a caption's squared norm. A weak one finds directions that tell English captions apart
+    and mean nothing in another language.
+    """
     middle, scale = X.mean(0), (X.std(0) + 1e-3) * X.shape[1] ** 0.5
     Z = (X - middle) / scale
     weights = Z.T @ torch.linalg.solve(Z @ Z.T + strength * torch.eye(len(Z)), Y - Y.mean(0))
@@ -277,19 +282,22 @@ EMOJI_SUITES = ("recall", "emoji-languages", "unseen-names")
 ASKED = 128  # emoji asked for in every language: the first in the order of a hash, so that no seed changes them
 
 
-def read_emoji_suite(name: str, source: Emoji, limit: int | None) -> list[tuple[str, str, str]]:
-    """(row, prompt, emoji) for each prompt: the English names of the emoji trained on, of some of them in the package's other
-    languages, or of those never trained on."""
+def read_emoji_suite(name: str, source: Emoji, limit: int | None, only: list[str] | None = None) -> list[tuple[str, str, str]]:
+    """(row, prompt, emoji) for each prompt: the English names of the emoji trained on, of some of them in the package's
+    languages (English first, to compare with), or of those never trained on."""
     from emoji import EMOJI_DATA, LANGUAGES, config
 
     if name == "unseen-names":
-        return [("English", source.names[text][0], text) for text in sorted(source.held_out)[:limit]]
+        return [("en", source.names[text][0], text) for text in sorted(source.held_out)[:limit]]
     if name == "recall":
-        return [("English", source.names[text][0], text) for text in source.trained[:limit]]
+        return [("en", source.names[text][0], text) for text in source.trained[:limit]]
     config.load_language()
     asked = sorted(source.trained, key=lambda text: sha256(text.encode()).digest())[: limit or ASKED]
+    if unknown := [row for row in only or () if row not in LANGUAGES]:
+        raise ValueError(f"--rows {unknown[0]}: the rows of {name} are {', '.join(LANGUAGES)}")
+    languages = only or sorted(LANGUAGES, key="en".__ne__)
     return [(language, EMOJI_DATA[text][language].strip(":").replace("_", " "), text)
-            for language in LANGUAGES if language != "en" for text in asked if language in EMOJI_DATA[text]]  # fmt: skip
+            for language in languages for text in asked if language in EMOJI_DATA[text]]  # fmt: skip
 
 
 def rank_scores(places: np.ndarray, candidates: int, seed: int = 0) -> dict:
@@ -304,13 +312,13 @@ def rank_scores(places: np.ndarray, candidates: int, seed: int = 0) -> dict:
 
 
 def evaluate_emoji(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, FrozenLLM]]) -> dict[str, dict]:
-    """Score, print and picture the emoji suites of one run or two. -> run -> suite -> row -> measure -> scores."""
+    """Score, print and picture the emoji suites of one run or two, and probe the first. -> run -> suite -> scores."""
     options = runs[0][1].made_for.get("emoji", {})
     source = Emoji(runs[0][1].image_size, 0, options.get("font"), options.get("variants", False))
     measures = {"pixels": pixel_features, "features": learned_features(np.stack(list(source.glyphs.values())))}
     results = {name: {} for name, _, _ in runs}
     for suite in args.suite:
-        prompts = [prompt for prompt in read_emoji_suite(suite, source, args.limit) for _ in range(args.n)]
+        prompts = [p for p in read_emoji_suite(suite, source, args.limit, args.rows) for _ in range(args.n)]
         among = sorted(source.held_out) if suite == "unseen-names" else source.trained
         candidates, place = np.stack([source.glyphs[text] for text in among]), {text: i for i, text in enumerate(among)}
         seeds, blocks = [args.seed + i for i in range(len(prompts))], []
@@ -319,28 +327,69 @@ def evaluate_emoji(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, 
             pictures = draw(expert, llm, [prompt for _, prompt, _ in prompts], seeds, args.steps, args.guidance)
             places = {measure: ranks(features(pictures), features(candidates), [place[text] for *_, text in prompts])
                       for measure, features in measures.items()}  # fmt: skip
-            rows, lines = {}, {}
-            for row in dict.fromkeys(row for row, _, _ in prompts):
-                here = [i for i, prompt in enumerate(prompts) if prompt[0] == row]
-                rows[row] = {measure: rank_scores(all_[here], len(among)) for measure, all_ in places.items()}
-                print_ranks(f"{Path(name).name} {row}", rows[row])
-                shown = [here[k] for k in spread(len(here), 8)]
-                lines[f"{row}, true"] = [(source.glyphs[prompts[i][2]], source.names[prompts[i][2]][0], None) for i in shown]
-                lines[row] = [(pictures[i], prompts[i][1], bool(places["features"][i] == 1)) for i in shown]
-            results[name][suite] = {"rows": rows}
-            if len(rows) > 1:
-                results[name][suite]["mean"] = {m: rank_scores(all_, len(among)) for m, all_ in places.items()}
-                print_ranks(f"{Path(name).name}, all", results[name][suite]["mean"])
-            blocks.append((name, lines))
+            results[name][suite] = summarize_ranks(suite, [row for row, *_ in prompts], places, len(among))
+            print_ranks(Path(name).name, results[name][suite])
+            blocks.append((name, emoji_lines(source, prompts, pictures, places["features"], args.seed)))
         picture_table(blocks).save(args.out / f"evaluate-{suite}.png")
+    if args.probe:
+        name, _, llm = runs[0]
+        llm.keep(range(len(llm.layers)))
+        results[name]["probe"] = probe_emoji(llm, source, args.limit)
     return results
 
 
-def print_ranks(name: str, scores: dict[str, dict]) -> None:
-    for measure, some in scores.items():
-        cells = (f"{key} {some[key]['score']:.4g} ({some[key]['interval'][0]:.3g} to {some[key]['interval'][1]:.3g})"
-                 for key in ("top 1", "top 5", "median rank"))  # fmt: skip
-        print(f"  {name:20} {measure:8}  " + "   ".join(cells), flush=True)
+def emoji_lines(source: Emoji, prompts: list, pictures: np.ndarray, places: np.ndarray, seed: int, columns: int = 8) -> dict:
+    """Some emoji, chosen by the seed: a line of their glyphs, then one of the pictures of each row's prompts."""
+    asked = list(dict.fromkeys(text for *_, text in prompts))
+    chosen = [asked[i] for i in np.random.default_rng(seed).permutation(len(asked))[:columns]]
+    lines = {"the glyph": [(source.glyphs[text], source.names[text][0], None) for text in chosen]}
+    first = {(row, text): i for i, (row, _, text) in reversed(list(enumerate(prompts)))}
+    for row in dict.fromkeys(row for row, *_ in prompts):
+        here = [first[row, text] for text in chosen if (row, text) in first]
+        lines[row] = [(pictures[i], prompts[i][1], bool(places[i] == 1)) for i in here]
+    return lines
+
+
+def summarize_ranks(suite: str, rows: list[str], places: dict[str, np.ndarray], candidates: int) -> dict:
+    """rows: of each prompt; places: measure -> rank of each prompt's emoji. -> every row's scores and those of all. -> JSON."""
+    rows_ = np.array(rows)
+    result = {"rows": {row: {measure: rank_scores(some[rows_ == row], candidates) for measure, some in places.items()}
+                       for row in dict.fromkeys(rows)}}  # fmt: skip
+    counted = ~np.isin(rows_, list(LEFT_OUT.get(suite, ())))
+    if len(set(rows_[counted])) > 1:
+        result["mean"] = {measure: rank_scores(some[counted], candidates) for measure, some in places.items()}
+    return result
+
+
+def probe_emoji(llm: FrozenLLM, source: Emoji, limit: int | None) -> dict:
+    """What the LLM's layers know of the names in other languages, without any picture: the rank of the right emoji by ridge
+    regression from the values of its English names, and by the cosine to the nearest of these names. -> JSON."""
+    names = [(name, i) for i, text in enumerate(source.trained) for name in source.names[text]]
+    asked = [p for p in read_emoji_suite("emoji-languages", source, limit) if p[0] != "en"]
+    truth = torch.tensor([source.trained.index(text) for *_, text in asked])[:, None]
+    owner = torch.tensor([i for _, i in names])
+    known, tests = hear(llm, [name for name, _ in names]), hear(llm, [prompt for _, prompt, _ in asked])
+    table = {}
+    for layer, X, Z in zip(llm.kept, known, tests):
+        middle, scale = X.mean(0), X.std(0) + 1e-3
+        near = F.normalize((Z - middle) / scale, dim=-1) @ F.normalize((X - middle) / scale, dim=-1).T
+        nearest = torch.full((len(Z), len(source.trained)), -1.0)
+        nearest.scatter_reduce_(1, owner.expand(len(Z), -1), near, "amax")
+        scores = {"ridge": ridge(X, torch.eye(len(source.trained))[owner])(Z), "nearest name": nearest}
+        table[f"layer {layer.index}"] = {
+            how: rank_scores((1 + (some > some.gather(1, truth)).sum(1)).numpy(), len(source.trained))
+            for how, some in scores.items()
+        }
+        print_ranks(f"layer {layer.index}", {"rows": {"": table[f"layer {layer.index}"]}})
+    return table
+
+
+def print_ranks(name: str, result: dict) -> None:
+    for row, scores in [*result["rows"].items(), *([("mean", result["mean"])] if "mean" in result else [])]:
+        for measure, some in scores.items():
+            cells = (f"{key} {some[key]['score']:.4g} ({some[key]['interval'][0]:.3g} to {some[key]['interval'][1]:.3g})"
+                     for key in ("top 1", "top 5", "median rank"))  # fmt: skip
+            print(f"  {name:14} {row:5} {measure:12}  " + "   ".join(cells), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,7 +402,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--ckpt", help="a run's folder or a Hub id (default: the newest run under runs/)")
     add("--versus", help="another run, to stand beside it")
     add("--suite", help="which suites, with commas (default: all that there are for the run's data)")
-    add("--probe", action="store_true", help="also probe the LLM's layers for colour and shape")
+    add("--probe", action="store_true", help="also probe what the LLM's layers know")
     add("--rows", help="only these rows of the suite, with commas")
     add("--n", type=positive(int), default=1, help="pictures of each prompt")
     add("--limit", type=positive(int), help="only the first so many prompts of each row, for a quick look")
@@ -365,6 +414,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert")
     args = parser.parse_args(argv)
     args.ckpt = args.ckpt or str(newest_run())
+    args.rows = args.rows.split(",") if args.rows else None
     home = Path(args.ckpt if Path(args.ckpt).is_dir() else "evaluation")
     args.out = Path(args.out or (home / "partial" if args.rows or args.limit else home))
     return args
@@ -399,10 +449,9 @@ def save_results(path: Path, results: dict) -> None:
 
 def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, FrozenLLM]]) -> dict[str, dict]:
     """Score, print and picture the suites of one run or two, and probe the first. -> run -> suite -> scores."""
-    rows = args.rows.split(",") if args.rows else None
     results, graded = {name: {} for name, _, _ in runs}, []
     for suite in args.suite:
-        prompts = [prompt for prompt in read_suite(suite, args.limit, rows) for _ in range(args.n)]
+        prompts = [prompt for prompt in read_suite(suite, args.limit, args.rows) for _ in range(args.n)]
         seeds = [args.seed + i for i in range(len(prompts))]  # a noise of its own for each picture
         drawn = []
         for name, expert, llm in runs:

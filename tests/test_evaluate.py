@@ -212,12 +212,23 @@ def test_emoji_suites(llm_folder, tmp_path):
     flags = ["--llm", llm_folder("qwen2"), "--device", "cpu", "--dtype", "float32", "--batch-size", "8", "--width", "32",
              "--depth", "2", "--steps", "2", "--image-size", "16", "--data", "emoji", "--out", tmp_path / "run"]  # fmt: skip
     train.main(list(map(str, flags)))
-    evaluate.main(["--ckpt", str(tmp_path / "run"), "--limit", "3", "--steps", "1", "--device", "cpu", "--dtype", "float32"])
+    short = ["--ckpt", str(tmp_path / "run"), "--limit", "40", "--steps", "1", "--device", "cpu", "--dtype", "float32"]
+    evaluate.main([*short, "--rows", "en,it,zh", "--probe"])
     results = json.loads((tmp_path / "run" / "partial" / "evaluate.json").read_text("utf-8"))
-    assert len(results["emoji-languages"]["rows"]) == 13 and results["unseen-names"]["rows"]["English"]["pixels"]["n"] == 3
+    suite = results["emoji-languages"]
+    assert list(suite["rows"]) == ["en", "it", "zh"] and suite["mean"]["pixels"]["n"] == 80, "the mean leaves English out"
+    assert results["unseen-names"]["rows"]["en"]["pixels"]["n"] == 40
+    english = {name for text in source.trained for name in source.names[text]}
+    foreign = [prompt for row, prompt, _ in evaluate.read_emoji_suite("emoji-languages", source, 40) if row != "en"]
+    same = np.mean([prompt in english for prompt in foreign])
+    for layer in ("layer 0", "layer 1"):
+        found = results["probe"][layer]["nearest name"]
+        assert found["n"] == len(foreign) and found["top 1"]["score"] >= same > 0, "pizza is pizza in any layer"
+    with pytest.raises(ValueError, match="klingon: the rows of emoji-languages are en, "):
+        evaluate.main([*short, "--suite", "emoji-languages", "--rows", "klingon"])
     assert Image.open(tmp_path / "run" / "partial" / "evaluate-emoji-languages.png").width > 100
     asked = evaluate.read_emoji_suite("emoji-languages", source, None)
-    assert {text for *_, text in asked} <= set(source.trained) and ("it", "muso di gatto") in {
+    assert len({row for row, *_ in asked}) == 14 and {text for *_, text in asked} <= set(source.trained) and ("it", "muso di gatto") in {
         (row, prompt) for row, prompt, _ in evaluate.read_emoji_suite("emoji-languages", source, 2000)}  # fmt: skip
     assert {text for *_, text in evaluate.read_emoji_suite("unseen-names", source, None)} == source.held_out
     glyphs = np.stack(list(source.glyphs.values()))
