@@ -362,25 +362,34 @@ def summarize_ranks(suite: str, rows: list[str], places: dict[str, np.ndarray], 
 
 
 def probe_emoji(llm: FrozenLLM, source: Emoji, limit: int | None) -> dict:
-    """What the LLM's layers know of the names in other languages, without any picture: the rank of the right emoji by ridge
-    regression from the values of its English names, and by the cosine to the nearest of these names. -> JSON."""
+    """What the LLM's layers know of the names, without any picture. -> {"layer 3": {way: scores}} of the right emoji's rank:
+    for the names in other languages, by ridge regression from the values of the English names ("ridge") and by the cosine to
+    the nearest of these ("nearest name"); and nearest too for the English names inside a longer caption ("in a caption")."""
+    asked = read_emoji_suite("emoji-languages", source, limit)
+    foreign = [(prompt, text) for row, prompt, text in asked if row != "en"]
+    framed = [(f"a picture of {prompt}", text) for row, prompt, text in asked if row == "en"]
     names = [(name, i) for i, text in enumerate(source.trained) for name in source.names[text]]
-    asked = [p for p in read_emoji_suite("emoji-languages", source, limit) if p[0] != "en"]
-    truth = torch.tensor([source.trained.index(text) for *_, text in asked])[:, None]
-    owner = torch.tensor([i for _, i in names])
-    known, tests = hear(llm, [name for name, _ in names]), hear(llm, [prompt for _, prompt, _ in asked])
-    table = {}
-    for layer, X, Z in zip(llm.kept, known, tests):
+    owner, n = torch.tensor([i for _, i in names]), len(source.trained)
+    heard = [hear(llm, [text for text, _ in pairs]) for pairs in (names, foreign, framed)]
+
+    def places(scores: torch.Tensor, pairs: list[tuple[str, str]]) -> dict:
+        truth = torch.tensor([source.trained.index(text) for _, text in pairs])[:, None]
+        return rank_scores((1 + (scores > scores.gather(1, truth)).sum(1)).numpy(), n)
+
+    def nearest(X: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Cosine of each new caption to each emoji's nearest name, on standardized features: (P, n)."""
         middle, scale = X.mean(0), X.std(0) + 1e-3
-        near = F.normalize((Z - middle) / scale, dim=-1) @ F.normalize((X - middle) / scale, dim=-1).T
-        nearest = torch.full((len(Z), len(source.trained)), -1.0)
-        nearest.scatter_reduce_(1, owner.expand(len(Z), -1), near, "amax")
-        scores = {"ridge": ridge(X, torch.eye(len(source.trained))[owner])(Z), "nearest name": nearest}
-        table[f"layer {layer.index}"] = {
-            how: rank_scores((1 + (some > some.gather(1, truth)).sum(1)).numpy(), len(source.trained))
-            for how, some in scores.items()
+        cosine = F.normalize((new - middle) / scale, dim=-1) @ F.normalize((X - middle) / scale, dim=-1).T
+        return torch.full((len(new), n), -1.0).scatter_reduce(1, owner.expand(len(new), -1), cosine, "amax")
+
+    table = {}
+    for layer, X, other, longer in zip(llm.kept, *heard):
+        table[f"layer {layer.index}"] = row = {
+            "ridge": places(ridge(X, torch.eye(n)[owner])(other), foreign),
+            "nearest name": places(nearest(X, other), foreign),
+            "in a caption": places(nearest(X, longer), framed),
         }
-        print_ranks(f"layer {layer.index}", {"rows": {"": table[f"layer {layer.index}"]}})
+        print_ranks(f"layer {layer.index}", {"rows": {"": row}})
     return table
 
 

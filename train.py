@@ -44,6 +44,9 @@ from sample import (
 LOOK_AHEAD = 32  # steps whose captions go to the LLM together
 LOG_EVERY = 50  # steps a line of metrics.jsonl
 TIME_BINS = 5  # of equal width in t
+RECIPES = {  # what --data changes in the defaults: of one word or two, the LLM knows most after it has been asked to translate
+    "emoji": {"template": '"{}" in English: "', "expose": "after", "layers": "upper", "steps": 4500}
+}
 MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every", "context_cache_mb"}  # on resuming
 
 
@@ -56,7 +59,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--random-llm", action="store_true", help="the control: fresh weights, from the seed, in place of the LLM's own")
     add("--template", default="{}", help="what the LLM reads: a text with {} where the caption stands")
     add("--expose", default="all", choices=["all", "after"], help="which of it the image may look at")
-    add("--data", default="shapes", help="shapes, emoji, or a folder of captioned pictures")
+    add("--data", default="shapes", help="shapes, emoji (with defaults of its own: RECIPES), or a folder of captioned pictures")
     add("--emoji-font", metavar="FILE", help="colour font of --data emoji (default: the system's)")
     add("--emoji-variants", action="store_true", help="--data emoji with skin tones, flags and other sequences")
     add(
@@ -92,6 +95,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--sample-every", type=positive(int), default=1000, help="steps between grids of samples")
     add("--save-every", type=positive(int), default=500, help="steps between checkpoints")
     add("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
+    parser.set_defaults(**RECIPES.get(parser.parse_args(argv).data, {}))
     parser.set_defaults(**(stored or {}))
     args = parser.parse_args(argv)
     of_llm = "" if args.llm == parser.get_default("llm") else f"-{Path(args.llm).name}"
@@ -204,6 +208,8 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
           f"{len(llm.layers)} attention layers with {first.kv_heads} key/value heads of width {first.key_width}")  # fmt: skip
     print(f"expert: {sum(p.numel() for p in expert.parameters()) / 1e6:.1f} M parameters, all trained; "
           f"{len(expert.blocks)} layers of width {args.width}, {side}x{side} image tokens")  # fmt: skip
+    if isinstance(source, Emoji):
+        print(f"{len(source.trained)} emoji to train on, {len(source.held_out)} held out; the font lacks {len(source.missing)}")
     print(f"data {args.data}; run {args.out}" + (f", resumed at step {run.step}" if run.step else ""), flush=True)
     return run
 

@@ -223,12 +223,14 @@ def test_emoji_suites(llm_folder, tmp_path):
     same = np.mean([prompt in english for prompt in foreign])
     for layer in ("layer 0", "layer 1"):
         found = results["probe"][layer]["nearest name"]
-        assert found["n"] == len(foreign) and found["top 1"]["score"] >= same > 0, "pizza is pizza in any layer"
+        assert found["n"] == len(foreign) == 13 * 40 and found["top 1"]["score"] >= same > 0, "pizza is pizza in any layer"
+        assert results["probe"][layer]["in a caption"]["n"] == 40
     with pytest.raises(ValueError, match="klingon: the rows of emoji-languages are en, "):
         evaluate.main([*short, "--suite", "emoji-languages", "--rows", "klingon"])
     assert Image.open(tmp_path / "run" / "partial" / "evaluate-emoji-languages.png").width > 100
     asked = evaluate.read_emoji_suite("emoji-languages", source, None)
-    assert len({row for row, *_ in asked}) == 14 and {text for *_, text in asked} <= set(source.trained) and ("it", "muso di gatto") in {
+    assert len({row for row, *_ in asked}) == 14 and {text for *_, text in asked} <= set(source.trained)
+    assert ("it", "muso di gatto") in {
         (row, prompt) for row, prompt, _ in evaluate.read_emoji_suite("emoji-languages", source, 2000)}  # fmt: skip
     assert {text for *_, text in evaluate.read_emoji_suite("unseen-names", source, None)} == source.held_out
     glyphs = np.stack(list(source.glyphs.values()))
