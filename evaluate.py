@@ -30,6 +30,7 @@ from judge import BASIC_COLORS, Found, Verdict, basic_color, delta_e, judge, lab
 from model import FrozenLLM, ImageExpert
 from sample import (
     OneLineParser,
+    add_thinking,
     draw,
     llm_of,
     load_expert,
@@ -41,6 +42,7 @@ from sample import (
     positive,
     seed_number,
     spread,
+    think,
 )
 
 SUITES = ("geneval", "unseen", "languages", "colors", "emoji", "ascii", "knowledge", "parrot")
@@ -324,7 +326,9 @@ def evaluate_emoji(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, 
         seeds, blocks = [args.seed + i for i in range(len(prompts))], []
         print(f"{suite} (chance: top 1 {1 / len(among):.4f}, median rank {(len(among) + 1) / 2:.0f} of {len(among)})")
         for name, expert, llm in runs:
-            pictures = draw(expert, llm, [prompt for _, prompt, _ in prompts], seeds, args.steps, args.guidance)
+            texts = think(llm, [prompt for _, prompt, _ in prompts], args)
+            pictures = draw(expert, llm, texts, seeds, args.steps, args.guidance)
+            llm.reread()
             places = {measure: ranks(features(pictures), features(candidates), [place[text] for *_, text in prompts])
                       for measure, features in measures.items()}  # fmt: skip
             results[name][suite] = summarize_ranks(suite, [row for row, *_ in prompts], places, len(among))
@@ -421,11 +425,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--out", help="folder for the JSON and the pictures (default: the run's own; its partial/ for --rows or --limit)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert")
+    add_thinking(parser)
     args = parser.parse_args(argv)
     args.ckpt = args.ckpt or str(newest_run())
     args.rows = args.rows.split(",") if args.rows else None
     home = Path(args.ckpt if Path(args.ckpt).is_dir() else "evaluation")
-    args.out = Path(args.out or (home / "partial" if args.rows or args.limit else home))
+    thinking = f"rewrite-{args.rewrite}" if args.rewrite else "think" if args.think else ""
+    args.out = Path(args.out or (home / "partial" if args.rows or args.limit else home) / thinking)
     return args
 
 
@@ -464,7 +470,9 @@ def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert,
         seeds = [args.seed + i for i in range(len(prompts))]  # a noise of its own for each picture
         drawn = []
         for name, expert, llm in runs:
-            pictures = draw(expert, llm, [prompt.text for prompt in prompts], seeds, args.steps, args.guidance)
+            texts = think(llm, [prompt.text for prompt in prompts], args)
+            pictures = draw(expert, llm, texts, seeds, args.steps, args.guidance)
+            llm.reread()
             grades = [grade(prompt, picture) for prompt, picture in zip(prompts, pictures)]
             drawn.append((name, pictures, grades))
             results[name][suite] = summarize(suite, prompts, grades)
@@ -485,7 +493,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     data = runs[0][1].made_for["data"]
     results = (evaluate_shapes if data == "shapes" else evaluate_emoji)(args, runs)
-    settings = {key: vars(args)[key] for key in ("n", "limit", "steps", "guidance", "seed")}
+    settings = {key: vars(args)[key] for key in ("n", "limit", "steps", "guidance", "seed", "think", "rewrite")}
     for (name, expert, _), file in zip(runs, ("evaluate.json", "versus.json")):
         scores = {key: value | {"settings": settings} if key in args.suite else value for key, value in results[name].items()}
         save_results(args.out / file, {"run": name, "made_for": expert.made_for} | scores)

@@ -4,6 +4,7 @@ The LLM reads a caption once and hands over a `Context`: the keys and values of 
 expert attends to them and to its own image tokens in one softmax. That cache is the whole interface.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -102,7 +103,7 @@ class FrozenLLM:
 
     Keys and values are kept per caption, up to cache_mb megabytes (MB = 10^6 bytes), the least recently used go first.
     `seconds` adds up the time spent in the LLM. ValueError if the model has no key-value cache or is not causal.
-    `read` sets what stands around a caption, `keep` which layers are handed over.
+    `read` sets what stands around a caption, `keep` which layers are handed over, `think` lets the LLM write on after it.
     """
 
     def __init__(self, model, tokenizer, name: str, cache_mb: float = 512):
@@ -114,6 +115,7 @@ class FrozenLLM:
         self._cached_bytes, self._cache_limit = 0, int(cache_mb * 1e6)
         self.max_tokens = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9) - 1
         self._warned = False
+        self.written: dict[str, str] = {}
         self.layers, self.cache_index, self.frequencies = self._probe()
         self.keep(range(len(self.layers)))
         self.read()
@@ -178,6 +180,11 @@ class FrozenLLM:
         self._widths = [layer.kv_heads * width for layer in self.kept for width in (layer.key_width, layer.value_width)]
         self._forget()
 
+    def reread(self) -> None:
+        """No more thinking: captions are read again as `read` says."""
+        self._thinking = None
+        self._forget()
+
     def _forget(self) -> None:
         self._cached.clear()
         self._cached_bytes = 0
@@ -196,7 +203,56 @@ class FrozenLLM:
         if expose == "after" and not self._after:
             raise ValueError(f"--expose after: the template {template!r} has no text after the caption")
         self.expose = expose
+        self.reread()
+
+    def chat(self, template: str = "{}") -> str:
+        """The template as a user's message in the model's own chat template. ValueError if the model has none."""
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"--chat: {self.name} has no chat template; expected an instruct model")
+        text = self.tokenizer.apply_chat_template([{"role": "user", "content": template}], tokenize=False,
+                                                  add_generation_prompt=True)  # fmt: skip
+        return text.removeprefix(self.tokenizer.bos_token or "")  # the tokenizer puts that there itself
+
+    def think(self, frame: str, tokens: int, only_written: bool = False) -> None:
+        """From now on the LLM reads a caption in this frame, where {} stands, and writes on, greedily, up to so many tokens or
+        the end of the line. The image looks at the caption and all that follows it (Mural's reasoning at inference), or only at
+        what was written (UniFusion's VERIFI): out of the cache, no second pass. The empty prompt of guidance stays as it was.
+        Empties the cache. `written`: caption -> what the LLM wrote. ValueError if the frame has not one {}.
+        """
+        if frame.count("{}") != 1:
+            raise ValueError(f"the frame {frame[-60:]!r}: expected a text with one {{}}, where the prompt stands")
+        before, after = frame.split("{}")
+        beginning = self.tokenizer(before).input_ids
+        start = self._run(torch.tensor([beginning], device=self.device)) if beginning else DynamicCache()
+        self._thinking, self.written = (before, after, tokens, only_written, beginning, start), {}
         self._forget()
+
+    @torch.no_grad()
+    def _think(self, caption: str) -> Tensor:
+        """The row of a caption, as `think` says: (T, W). The frame's beginning was computed once, all else is here, once."""
+        before, after, tokens, only_written, beginning, start = self._thinking
+        ids = self.tokenizer(before + caption + after).input_ids
+        shared = next((i for i, (a, b) in enumerate(zip(beginning, ids)) if a != b), min(len(beginning), len(ids) - 1))
+        room = self.max_tokens - len(ids)
+        if room < 1:
+            raise ValueError(f"a prompt of {len(ids)} tokens with its frame leaves {self.name} no room to think")
+        cache = copy.deepcopy(start)
+        if shared < len(beginning):
+            cache.crop(shared - len(beginning))
+
+        def at_line_end(so_far: Tensor, scores) -> Tensor:
+            return torch.tensor(["\n" in self.tokenizer.decode(row[len(ids) :]) for row in so_far], device=self.device)
+
+        stop = [] if self.tokenizer.chat_template else [at_line_end]
+        prompt = torch.tensor([ids], device=self.device)
+        out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, stopping_criteria=stop,
+                                  do_sample=False, num_beams=1, max_new_tokens=min(tokens, room), pad_token_id=0)  # fmt: skip
+        self.written[caption] = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+        length = cache.get_seq_length()  # all but the last token, which the model has not read
+        row = self._pack(cache, torch.tensor([length], device=self.device))[0]
+        hidden = len(ids) if only_written else shared
+        bos = [0] if self.expose == "all" and ids[0] == self.tokenizer.bos_token_id and hidden else []  # seen in training too
+        return row[[*bos, *range(hidden, length)]]
 
     # -- captions to contexts
 
@@ -225,7 +281,10 @@ class FrozenLLM:
         for row, tokens in zip(ids, rows):
             row[: len(tokens)] = torch.tensor(tokens)
         cache = self._run(ids.to(self.device), max(self.cache_index[layer.index] for layer in self.kept))
-        lengths = torch.tensor([len(tokens) for tokens in rows] + [0] * (ROWS - len(rows)), device=self.device)
+        return self._pack(cache, torch.tensor([len(row) for row in rows] + [0] * (ROWS - len(rows)), device=self.device))
+
+    def _pack(self, cache: DynamicCache, lengths: Tensor) -> Tensor:
+        """The kept layers of a cache, side by side (B, T, W), the keys turned so that the image stands at position 0."""
         parts = []
         for kept in self.kept:
             layer = cache.layers[self.cache_index[kept.index]]
@@ -241,6 +300,9 @@ class FrozenLLM:
             if caption in self._cached:
                 self._cached.move_to_end(caption)
                 found[caption] = self._cached[caption]
+            elif self._thinking and caption:
+                found[caption] = self._cached[caption] = self._think(caption)
+                self._cached_bytes += found[caption].nbytes
             else:
                 missing.setdefault(-(-len(ids := self.tokenize(caption)) // BUCKET) * BUCKET, []).append((caption, ids))
         for length, group in sorted(missing.items()):

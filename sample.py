@@ -244,6 +244,34 @@ def llm_of(expert: ImageExpert, name: str | None, device, dtype, trust_remote_co
     return llm
 
 
+FRAMES = Path(__file__).parent / "assets" / "frames"  # what --think and --rewrite ask the LLM, to be read and edited
+
+
+def add_thinking(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--think", type=positive(int), metavar="N", help="the LLM first writes up to N tokens about the prompt")
+    add("--rewrite", nargs="?", const="context", choices=["context", "reencode"],
+        help="it rewrites the prompt, and the image sees only that: in its context, or read again alone")  # fmt: skip
+    add("--frame", metavar="FILE", help="what it is asked, with {} for the prompt (default: assets/frames/)")
+
+
+def think(llm: FrozenLLM, prompts: list[str], args: argparse.Namespace) -> list[str]:
+    """Let the LLM write about the prompts as --think and --rewrite say. -> the prompts to draw."""
+    if not (args.think or args.rewrite):
+        return prompts
+    path = Path(args.frame or FRAMES / ("rewrite.txt" if args.rewrite else "think.txt"))
+    try:
+        frame = path.read_text("utf-8").removesuffix("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--frame {path} cannot be read: {error}") from None
+    llm.think(llm.chat(frame) if llm.tokenizer.chat_template else frame, args.think or 48, bool(args.rewrite))
+    if args.rewrite != "reencode":
+        return prompts
+    llm.lookup(prompts)
+    llm.reread()
+    return [llm.written.get(prompt) or prompt for prompt in prompts]
+
+
 def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
     """Name, text and record of each prompt: a file with a prompt a line; .jsonl or .json with objects that have "prompt"
     (GenEval, WISE); a folder of .txt files with a prompt each (DPG-Bench). ValueError if it is none of these."""
@@ -300,6 +328,7 @@ def main() -> None:
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
+    add_thinking(parser)
     args = parser.parse_args()
 
     listed = read_prompts(Path(args.prompts)) if args.prompts else []
@@ -322,8 +351,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     llm = llm_of(expert, args.llm, device, dtype, args.trust_remote_code)
     seeds = [args.seed + k for k in range(args.n)]
-    pictures = draw(expert, llm, [prompt for prompt in prompts for _ in seeds], seeds * len(prompts), args.steps, args.guidance,
+    texts = [text for text in think(llm, prompts, args) for _ in seeds]
+    pictures = draw(expert, llm, texts, seeds * len(prompts), args.steps, args.guidance,
                     tuple(args.guidance_interval), args.renorm, args.batch_size)  # fmt: skip
+    for prompt, written in llm.written.items():
+        print(f"{prompt} -> {written}")
     pictures = pictures.reshape(len(prompts), args.n, *pictures.shape[1:])
     if args.layout:
         save_layout(args.layout, out, listed, pictures)

@@ -230,3 +230,43 @@ def test_fingerprint_covers_every_weight():
             weight.view(-1)[0] += 1
             assert fingerprint(model) != before
             weight.view(-1)[0] -= 1
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3", "gpt2"])
+def test_thinking_goes_into_the_cache_once(kind, tiny_llm):
+    """What the LLM writes stands in the cache as if it had been read, no token is computed twice, and the frame is hidden."""
+    llm = tiny_llm(kind)
+    empty = llm.lookup([""])[""]
+    read, frame, captions = [], "red => blue\n{} =>", ["a red circle", "an orange cross"]
+    llm.think(frame, 8)
+    hook = llm.model.get_input_embeddings().register_forward_hook(lambda m, args, out: read.append(args[0].numel()))
+    rows = llm.lookup(captions)
+    hook.remove()
+    frame_tokens = len(llm.tokenizer(frame.split("{}")[0]).input_ids)
+    computed = 0
+    for caption in captions:
+        ids = llm.tokenizer(frame.format(caption)).input_ids
+        prompt = torch.tensor([ids])
+        out = llm.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False,
+                                 pad_token_id=0)[0]  # fmt: skip
+        ends = [i for i in range(len(ids), len(out)) if "\n" in llm.tokenizer.decode(out[len(ids) : i + 1])]
+        out = out[: ends[0] + 1] if ends else out
+        assert llm.written[caption] == llm.tokenizer.decode(out[len(ids) :], skip_special_tokens=True).strip()
+        cache = llm._run(out[None, :-1])
+        whole = llm._pack(cache, torch.tensor([len(out) - 1]))[0]
+        bos = [0] if llm.tokenizer("").input_ids else []
+        expected = whole[[*bos, *range(frame_tokens, len(out) - 1)]]
+        assert rows[caption].shape == expected.shape
+        difference = (rows[caption] - expected).abs().max()
+        assert difference < 1e-4, f"written on the go = read in one pass: {difference}"
+        computed += len(out) - 1 - frame_tokens
+    assert sum(read) == computed, "the frame is read once for all captions, and every other token once"
+    assert torch.equal(llm.lookup([""])[""], empty), "the unconditional branch is as in training"
+    llm.think(frame, 8, only_written=True)
+    for caption, row in llm.lookup(captions).items():
+        tail = len(row) - len([0] if llm.tokenizer("").input_ids else [])
+        assert torch.equal(row[-tail:], rows[caption][-tail:]) and 0 < tail <= 8
+    llm.reread()
+    assert torch.equal(llm.lookup(captions)[captions[0]], tiny_llm(kind).lookup(captions)[captions[0]])
+    with pytest.raises(ValueError, match="expected a text with one {}"):
+        llm.think("no place", 8)
