@@ -223,6 +223,8 @@ class FrozenLLM:
             raise ValueError(f"the frame {frame[-60:]!r}: expected a text with one {{}}, where the prompt stands")
         before, after = frame.split("{}")
         beginning = self.tokenizer(before).input_ids
+        if len(beginning) >= self.max_tokens:
+            raise ValueError(f"a frame of {len(beginning)} tokens leaves {self.name} no room to think")
         start = self._run(torch.tensor([beginning], device=self.device)) if beginning else DynamicCache()
         self._thinking, self.written = (before, after, tokens, only_written, beginning, start), {}
         self._forget()

@@ -1,6 +1,7 @@
 """The LLM stays frozen and reads each caption once; experts save, load, and refuse what is not theirs."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from model import (
     text_layers,
     unpatchify,
 )
-from sample import draw, llm_of, load_expert
+from sample import draw, llm_of, load_expert, think
 
 
 class CountTokens:
@@ -270,3 +271,29 @@ def test_thinking_goes_into_the_cache_once(kind, tiny_llm):
     assert torch.equal(llm.lookup(captions)[captions[0]], tiny_llm(kind).lookup(captions)[captions[0]])
     with pytest.raises(ValueError, match="expected a text with one {}"):
         llm.think("no place", 8)
+
+
+def test_what_is_drawn_after_thinking(tiny_llm, tmp_path):
+    """--think and --rewrite leave the prompts and change how they are read; --rewrite reencode changes the prompts alone."""
+    llm, prompts = tiny_llm("qwen2"), ["a red circle", "an orange cross"]
+    plain = llm.lookup(prompts)
+    frame = tmp_path / "frame.txt"
+    frame.write_text("red => blue\n{} =>\n")
+    options = {"think": None, "rewrite": None, "frame": str(frame)}
+    assert think(llm, prompts, Namespace(**options)) == prompts and not llm.written
+    lengths = {}
+    for name, more in (("think", {"think": 6}), ("context", {"think": 6, "rewrite": "context"})):
+        assert think(llm, prompts, Namespace(**options | more)) == prompts
+        lengths[name] = [len(llm.lookup(prompts)[prompt]) for prompt in prompts]
+    assert max(lengths["context"]) <= 6 < min(lengths["think"]), "only what was written, or the prompt as well"
+    texts = think(llm, prompts, Namespace(**options | {"rewrite": "reencode"}))
+    assert texts == [llm.written[prompt] or prompt for prompt in prompts] and texts != prompts
+    assert torch.equal(llm.lookup(prompts)[prompts[0]], plain[prompts[0]]), "read as before"
+    with pytest.raises(ValueError, match="nowhere.txt cannot be read"):
+        think(llm, prompts, Namespace(**options | {"think": 6, "frame": "nowhere.txt"}))
+    frame.write_text("Say it.")
+    with pytest.raises(ValueError, match="expected a text with one {}"):
+        think(llm, prompts, Namespace(**options | {"think": 6}))
+    frame.write_text("red " * 80 + "{}")
+    with pytest.raises(ValueError, match="leaves .* no room to think"):
+        think(llm, prompts, Namespace(**options | {"think": 6}))
