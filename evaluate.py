@@ -333,7 +333,7 @@ def evaluate_emoji(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, 
                       for measure, features in measures.items()}  # fmt: skip
             results[name][suite] = summarize_ranks(suite, [row for row, *_ in prompts], places, len(among))
             print_ranks(Path(name).name, results[name][suite])
-            blocks.append((name, emoji_lines(source, prompts, pictures, places["features"], args.seed)))
+            blocks.append((name, emoji_lines(source, prompts, pictures, places["features"], args.seed, 12 // len(runs))))
         picture_table(blocks).save(args.out / f"evaluate-{suite}.png")
     if args.probe:
         name, _, llm = runs[0]
@@ -342,7 +342,7 @@ def evaluate_emoji(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, 
     return results
 
 
-def emoji_lines(source: Emoji, prompts: list, pictures: np.ndarray, places: np.ndarray, seed: int, columns: int = 8) -> dict:
+def emoji_lines(source: Emoji, prompts: list, pictures: np.ndarray, places: np.ndarray, seed: int, columns: int) -> dict:
     """Some emoji, chosen by the seed: a line of their glyphs, then one of the pictures of each row's prompts."""
     asked = list(dict.fromkeys(text for *_, text in prompts))
     chosen = [asked[i] for i in np.random.default_rng(seed).permutation(len(asked))[:columns]]
@@ -377,8 +377,9 @@ def probe_emoji(llm: FrozenLLM, source: Emoji, limit: int | None) -> dict:
     heard = [hear(llm, [text for text, _ in pairs]) for pairs in (names, foreign, framed)]
 
     def places(scores: torch.Tensor, pairs: list[tuple[str, str]]) -> dict:
-        truth = torch.tensor([source.trained.index(text) for _, text in pairs])[:, None]
-        return rank_scores((1 + (scores > scores.gather(1, truth)).sum(1)).numpy(), n)
+        true = scores.gather(1, torch.tensor([source.trained.index(text) for _, text in pairs])[:, None])
+        ties = (scores == true).sum(1) - 1  # where a layer cannot tell them apart: the middle of their places
+        return rank_scores((1 + (scores > true).sum(1) + ties / 2).numpy(), n)
 
     def nearest(X: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Cosine of each new caption to each emoji's nearest name, on standardized features: (P, n)."""
