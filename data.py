@@ -222,7 +222,7 @@ _SLOTS = {  # where things go before they are jittered, in reading order: what i
 
 
 def lay_out(scene: Scene, rng: np.random.Generator) -> list[Thing]:
-    """Place the things of a scene without overlap; what the caption leaves open (colour, size, place) is drawn at random."""
+    """Place the things of a scene without overlap; what the caption leaves open (colour, size, arrangement) is random."""
     n = sum(group.count for group in scene.groups)
     slots = [np.array(slot) for slot in _SLOTS[n][rng.integers(len(_SLOTS[n]))]]
     if scene.relation:

@@ -328,7 +328,6 @@ def evaluate_emoji(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, 
         for name, expert, llm in runs:
             texts = think(llm, [prompt for _, prompt, _ in prompts], args)
             pictures = draw(expert, llm, texts, seeds, args.steps, args.guidance)
-            llm.reread()
             places = {measure: ranks(features(pictures), features(candidates), [place[text] for *_, text in prompts])
                       for measure, features in measures.items()}  # fmt: skip
             results[name][suite] = summarize_ranks(suite, [row for row, *_ in prompts], places, len(among))
@@ -337,6 +336,7 @@ def evaluate_emoji(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, 
         picture_table(blocks).save(args.out / f"evaluate-{suite}.png")
     if args.probe:
         name, _, llm = runs[0]
+        llm.reread()
         llm.keep(range(len(llm.layers)))
         results[name]["probe"] = probe_emoji(llm, source, args.limit)
     return results
@@ -473,7 +473,6 @@ def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert,
         for name, expert, llm in runs:
             texts = think(llm, [prompt.text for prompt in prompts], args)
             pictures = draw(expert, llm, texts, seeds, args.steps, args.guidance)
-            llm.reread()
             grades = [grade(prompt, picture) for prompt, picture in zip(prompts, pictures)]
             drawn.append((name, pictures, grades))
             results[name][suite] = summarize(suite, prompts, grades)
@@ -482,6 +481,7 @@ def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert,
         sheet(prompts, drawn).save(args.out / f"evaluate-{suite}.png")
     if args.probe:
         name, _, llm = runs[0]
+        llm.reread()
         llm.keep(range(len(llm.layers)))
         results[name]["probe"] = probe(llm, graded, args.seed)
         print_probe(results[name]["probe"])

@@ -208,7 +208,7 @@ class FrozenLLM:
     def chat(self, template: str = "{}") -> str:
         """The template as a user's message in the model's own chat template. ValueError if the model has none."""
         if not self.tokenizer.chat_template:
-            raise ValueError(f"--chat: {self.name} has no chat template; expected an instruct model")
+            raise ValueError(f"{self.name} has no chat template; expected an instruct model")
         text = self.tokenizer.apply_chat_template([{"role": "user", "content": template}], tokenize=False,
                                                   add_generation_prompt=True)  # fmt: skip
         return text.removeprefix(self.tokenizer.bos_token or "")  # the tokenizer puts that there itself
