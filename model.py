@@ -79,23 +79,43 @@ GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 ROWS, BUCKET = 32, 4  # captions are encoded 32 at a time, padded to a multiple of 4 tokens: see FrozenLLM._encode
 
 
+SHIFT = 7  # positions by which a text is moved, to see how keys turn: see FrozenLLM._rotary
+
+
 class Enough(Exception):
     """Raised where an LLM need not compute any further."""
 
 
 class CacheUpTo(DynamicCache):
-    """A cache that stops the model once layer `last` has handed in its keys and values: what comes after is not needed.
-    It is a plain DynamicCache otherwise, which keeps all tokens of sliding-window layers too."""
+    """A cache of the LLM's own kind, but for two things. Sliding-window layers keep all tokens: a window of the padded row is
+    not one of the caption. And once layer `last` has handed in its keys and values the model stops: the rest is not needed."""
 
-    def __init__(self, last: int):
-        super().__init__()
+    def __init__(self, config, last: int = 10**9):
+        super().__init__(config=config)
         self.last = last
+        for layer in self.layers:
+            layer.sliding_window = 10**9
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         everything = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx >= self.last:
             raise Enough
         return everything
+
+
+@dataclass
+class Rotary:
+    """How one layer's keys turn with the position: by `frequencies` (R/2,), in radians per token, in the dimensions that
+    `order` (Dk,) brings to the front, half-split as `rotate` has them. R = 0 where they do not turn."""
+
+    frequencies: Tensor
+    order: Tensor
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x (B, heads, tokens, Dk), turned forward by positions (B,)."""
+        if not len(self.frequencies):
+            return x
+        return rotate(x[..., self.order], positions[:, None] * self.frequencies)[..., self.order.argsort()]
 
 
 class FrozenLLM:
@@ -116,63 +136,86 @@ class FrozenLLM:
         self.max_tokens = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9) - 1
         self._warned = False
         self.written: dict[str, str] = {}
-        self.layers, self.cache_index, self.frequencies = self._probe()
+        self.layers, self.cache_index, self.rotary = self._probe()
         self.keep(range(len(self.layers)))
         self.read()
 
     # -- what kind of model is this: asked of its behaviour, not of its name
 
     @torch.no_grad()
-    def _run(self, ids: Tensor, last: int = 10**9) -> DynamicCache:
+    def _run(self, ids: Tensor, last: int = 10**9, **more) -> DynamicCache:
         """ids (B, T) -> the LLM's key-value cache up to layer `last`, without the language-model head. No padding mask: a
         causal model's valid tokens never see what stands to their right."""
-        cache = CacheUpTo(last)
+        cache = CacheUpTo(self.model.config, last)
         with suppress(Enough):
-            self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+            self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, **more)
         return cache
 
-    def _probe(self) -> tuple[list[TextLayer], list[int], list[Tensor]]:
-        """Find the attention layers, check that the model is causal, find its rotary frequencies."""
-        kind = type(self.model).__name__
-        ids = torch.full((2, 4), 3, device=self.device)
-        ids[1, -1] = 4
+    def _probe(self) -> tuple[list[TextLayer], list[int], list[Rotary]]:
+        """Find the attention layers, check that the model is causal, find how its keys turn."""
+        kind, found, why = (
+            type(self.model).__name__,
+            {},
+            "an encoder such as BERT and a state-space model such as Mamba have none",
+        )
+        ids = torch.arange(3, 11, device=self.device).repeat(2, 1)
+        ids[1, -1] = 3
+
+        def states(**more) -> dict[int, tuple[Tensor, Tensor]]:
+            layers = enumerate(self._run(ids, **more).layers)
+            having_keys = [(i, *self._states(layer)) for i, layer in layers if getattr(layer, "keys", None) is not None]
+            return {i: (k, v) for i, k, v in having_keys if k.dim() == 4 and k.shape[2] == v.shape[2] == ids.shape[1]}
+
         try:
-            cache = self._run(ids)
-            having_keys = [(i, layer) for i, layer in enumerate(cache.layers) if getattr(layer, "keys", None) is not None]
-            found = {i: (x.keys, x.values) for i, x in having_keys if x.keys.dim() == 4 and x.keys.shape[2] == ids.shape[1]}
-        except (TypeError, AttributeError, ValueError, RuntimeError):
-            found = {}
+            found = states()
+        except (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError) as error:
+            why = " ".join(str(error).split())[:200]
         if not found:
-            raise ValueError(
-                f"{self.name} ({kind}) keeps no key-value cache that an image could attend to; expected a decoder LLM "
-                "(not an encoder such as BERT, not a pure state-space model such as Mamba)"
-            )
-        keys = torch.stack([k[:, 0, :3].float() for k, _ in found.values() if k.shape == found[min(found)][0].shape])
+            raise ValueError(f"{self.name} ({kind}) keeps no key-value cache that an image could attend to; expected a decoder "
+                             f"LLM ({why})")  # fmt: skip
+        keys = torch.stack([k[:, 0, :-1].float() for k, _ in found.values() if k.shape == found[min(found)][0].shape])
         if not torch.allclose(keys[:, 0], keys[:, 1], rtol=1e-2, atol=1e-2):
             raise ValueError(f"{self.name} ({kind}) is not causal: a later token changes the keys of an earlier one; "
                              "expected a decoder LLM")  # fmt: skip
         layers = [TextLayer(n, k.shape[1], k.shape[3], v.shape[3]) for n, (k, v) in enumerate(found.values())]
-        return layers, list(found), self._rotary_frequencies(found)
+        try:
+            moved = states(position_ids=torch.arange(SHIFT, SHIFT + ids.shape[1], device=self.device).expand_as(ids))
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            moved = found  # a model that takes no positions
+        return layers, list(found), [self._rotary(found[i][0].float(), moved[i][0].float()) for i in found]
 
-    def _rotary_frequencies(self, found: dict) -> list[Tensor]:
-        """Radians per position (R/2,) of each attention layer, R = 0 where the keys do not turn that way.
+    def _states(self, layer) -> tuple[Tensor, Tensor]:
+        """Keys (B, G, T, Dk) and values (B, G, T, Dv) of a cache's layer. Latent attention (DeepSeek-V2, section 2.1) keeps one
+        latent for all heads, and one key that turns: heads ask for both side by side, and what they read is the latent."""
+        config = self.model.config.get_text_config()
+        parts = layer.keys.shape[-1], layer.values.shape[-1]
+        if parts == (getattr(config, "kv_lora_rank", None), getattr(config, "qk_rope_head_dim", None)):
+            return torch.cat([layer.keys, layer.values], dim=-1), layer.keys
+        return layer.keys, layer.values
 
-        The first layer sees the same token at every position, so its keys must be turned copies of one another: that is
-        checked, and a model of another kind (absolute positions, ALiBi, an unknown layout) gets no rotation.
+    def _rotary(self, here: Tensor, moved: Tensor) -> Rotary:
+        """How a layer's keys (B, G, T, Dk) turn, from what they are `here` and with the text `moved` on by SHIFT positions:
+        where positions are relative, nothing else changes. Every layout that models have is tried with the model's own
+        frequencies: Llama's halves and GPT-J's pairs, at the front or (latent attention) at the end of the width, either way
+        round. Where none explains half of the change (absolute positions, ALiBi), the layer has no rotation.
         """
-        none = torch.zeros(0, device=self.device)
-        rotary = next((m for n, m in self.model.base_model.named_modules() if n.endswith("rotary_emb")), None)
-        buffers = dict(rotary.named_buffers()) if rotary is not None else {}
-        types = getattr(self.model.config.get_text_config(), "layer_types", None) or []
-        per_layer = []
-        for i in found:
-            name = f"{types[i]}_inv_freq" if i < len(types) and f"{types[i]}_inv_freq" in buffers else "inv_freq"
-            per_layer.append(buffers.get(name, none).float().reshape(-1))
-        first, *others = found[min(found)][0][:1].float().split(1, dim=2)  # 4 of (1, G, 1, Dk)
-        if 2 * len(per_layer[0]) > first.shape[-1]:
-            return [none] * len(per_layer)
-        errors = [rotate(first, place * per_layer[0][None]) - other for place, other in enumerate(others, 1)]
-        return per_layer if max(error.norm() for error in errors) < 0.02 * first.norm() else [none] * len(per_layer)
+        width, device, config = here.shape[-1], self.device, self.model.config.get_text_config()
+        none = Rotary(torch.zeros(0, device=device), torch.arange(width, device=device))
+        known = [b.float().reshape(-1) for name, b in self.model.base_model.named_buffers() if name.endswith("inv_freq")]
+        if not known and (turning := getattr(config, "rotary_dim", None)):  # GPT-J keeps a table instead
+            known = [10_000 ** (-torch.arange(0, turning, 2, device=device) / turning)]  # RoFormer, section 3.2.2
+        positions = torch.full((len(here),), SHIFT, device=device)
+        best, least = none, 0.5 * (here - moved).norm()
+        for frequencies in (f for f in known if 0 < 2 * len(f) <= width):
+            turning = torch.arange(2 * len(frequencies), device=device)
+            for layout in (turning, torch.cat([turning[::2], turning[1::2]])):
+                for start in {0, width - len(turning)}:
+                    rest = [i for i in range(width) if not start <= i < start + len(turning)]
+                    order = torch.cat([layout + start, torch.tensor(rest, dtype=torch.long, device=device)])
+                    for candidate in (Rotary(frequencies, order), Rotary(-frequencies, order)):
+                        if (error := (candidate(here, positions) - moved).norm()) < least:
+                            best, least = candidate, error
+        return best
 
     def keep(self, indices) -> None:
         """Hand over only these attention layers (the expert's own), in this order. Empties the cache."""
@@ -225,7 +268,7 @@ class FrozenLLM:
         beginning = self.tokenizer(before).input_ids
         if len(beginning) >= self.max_tokens:
             raise ValueError(f"a frame of {len(beginning)} tokens leaves {self.name} no room to think")
-        start = self._run(torch.tensor([beginning], device=self.device)) if beginning else DynamicCache()
+        start = self._run(torch.tensor([beginning], device=self.device)) if beginning else CacheUpTo(self.model.config)
         self._thinking, self.written = (before, after, tokens, only_written, beginning, start), {}
         self._forget()
 
@@ -240,7 +283,10 @@ class FrozenLLM:
             raise ValueError(f"a prompt of {len(ids)} tokens with its frame leaves {self.name} no room to think")
         cache = copy.deepcopy(start)
         if shared < len(beginning):
-            cache.crop(shared - len(beginning))
+            try:
+                cache.crop(shared - len(beginning))
+            except (RuntimeError, ValueError):  # the state of a linear-attention layer does not go back
+                cache = CacheUpTo(self.model.config)
 
         def at_line_end(so_far: Tensor, scores) -> Tensor:
             return torch.tensor(["\n" in self.tokenizer.decode(row[len(ids) :]) for row in so_far], device=self.device)
@@ -289,9 +335,9 @@ class FrozenLLM:
         """The kept layers of a cache, side by side (B, T, W), the keys turned so that the image stands at position 0."""
         parts = []
         for kept in self.kept:
-            layer = cache.layers[self.cache_index[kept.index]]
-            keys = rotate(layer.keys.float(), -lengths[:, None] * self.frequencies[kept.index]).to(layer.keys.dtype)
-            parts += [x.transpose(1, 2).flatten(2) for x in (keys, layer.values)]  # (ROWS, length, G Dk or G Dv)
+            keys, values = self._states(cache.layers[self.cache_index[kept.index]])
+            keys = self.rotary[kept.index](keys.float(), -lengths).to(keys.dtype)
+            parts += [x.transpose(1, 2).flatten(2) for x in (keys, values)]  # (ROWS, length, G Dk or G Dv)
         return torch.cat(parts, dim=-1)
 
     def lookup(self, captions: list[str]) -> dict[str, Tensor]:
@@ -443,7 +489,9 @@ def load_llm(
     if random_seed is not None:
         torch.manual_seed(random_seed)
         model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    return FrozenLLM(model.to(device, dtype), tokenizer, name, cache_mb)
+        for weight in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
+            weight.data = weight.data.to(dtype)
+    return FrozenLLM(model.to(device), tokenizer, name, cache_mb)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -683,8 +731,8 @@ def joint_forward(llm: FrozenLLM, expert: ImageExpert, x_t: Tensor, t: Tensor, c
             return joint_attention_definition(txt_q, txt_k, txt_v, mask[:, :, :T, :T]).transpose(1, 2), None
         block, m = tower[module.layer_idx]
         img_q, img_k, img_v = block.project(img, m)
-        angle = lengths[:, None] * llm.frequencies[block.layer.index]  # the position after the caption
-        img_q, img_k = rotate(img_q * img_q.shape[-1] ** -0.5, angle), rotate(img_k, angle)
+        rotary = llm.rotary[block.layer.index]
+        img_q, img_k = rotary(img_q * img_q.shape[-1] ** -0.5, lengths), rotary(img_k, lengths)  # the place after the caption
         joint_k = torch.cat([txt_k, img_k], dim=2)  # (B, G, T+N, Dk)
         joint_v = torch.cat([txt_v, img_v], dim=2)  # (B, G, T+N, Dv)
         # the rows of one softmax, in two calls because the towers may differ in their number of query heads

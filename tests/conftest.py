@@ -30,6 +30,9 @@ CONFIGS = {
         sliding_window=32,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     ),
+    "cohere2": lambda: transformers.Cohere2Config(  # pairs of neighbours turn; layers with and without positions
+        **SMALL, sliding_window=32, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=3, n_head=4, n_positions=64),
     "bert": lambda: transformers.BertConfig(
         vocab_size=300,
@@ -41,7 +44,7 @@ CONFIGS = {
     ),
     "mamba": lambda: transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
-DECODERS = ["qwen2", "llama", "gemma3", "gpt2"]
+DECODERS = ["qwen2", "llama", "gemma3", "cohere2", "gpt2"]
 
 
 def save_tiny_llm(kind: str, folder: Path, seed: int = 0) -> Path:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from attention import hybrid_mask, joint_attention, joint_attention_definition, rotate, text_mask
+from attention import hybrid_mask, joint_attention, joint_attention_definition, text_mask
 from conftest import CPU, DECODERS, random_expert
 from model import RMSNorm, joint_forward, load_llm
 
@@ -112,14 +112,14 @@ def test_hybrid_mask():
 def test_rotary_frequencies_are_the_llms_own(kind, rotary, tiny_llm):
     """The same token at every place: the first layer's keys are copies, turned by what we found; GPT-2 has no rotation."""
     llm = tiny_llm(kind)
-    assert [2 * len(f) for f in llm.frequencies] == [rotary] * len(llm.layers)
+    assert [2 * len(rotary.frequencies) for rotary in llm.rotary] == [rotary] * len(llm.layers)
     if rotary:
         keys = llm._run(torch.full((1, 6), 7)).layers[0].keys
         for place in range(6):
-            turned = rotate(keys[:, :, :1], place * llm.frequencies[0][None])
+            turned = llm.rotary[0](keys[:, :, :1], torch.tensor([place]))
             assert largest(turned, keys[:, :, place : place + 1]) < 1e-4
     if kind == "gemma3":  # sliding and full layers turn at different speeds
-        assert not torch.equal(llm.frequencies[0], llm.frequencies[2])
+        assert not torch.equal(llm.rotary[0].frequencies, llm.rotary[2].frequencies)
 
 
 def test_rms_norm_gradient():
@@ -143,3 +143,8 @@ def test_the_real_llm():
     with torch.no_grad():
         word = llm.model(input_ids=ids).logits[0, -1].argmax()
     assert llm.tokenizer.decode(word).strip() == "blue"
+    in_bfloat16 = load_llm("gemma-3-270m", CPU, torch.bfloat16)
+    own = dict(llm.model.base_model.rotary_emb.named_buffers())
+    for kind, *found in zip(llm.model.config.layer_types, llm.rotary, in_bfloat16.rotary):
+        for rotary in found:  # exact in bfloat16 too, where the weights are rounded
+            assert torch.equal(rotary.frequencies, own[f"{kind}_inv_freq"]) and torch.equal(rotary.order, torch.arange(256))
