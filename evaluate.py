@@ -42,7 +42,7 @@ from sample import (
     positive,
     seed_number,
     spread,
-    think,
+    thinking_of,
 )
 
 SUITES = ("geneval", "unseen", "languages", "colors", "emoji", "ascii", "knowledge", "parrot")
@@ -326,8 +326,7 @@ def evaluate_emoji(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, 
         seeds, blocks = [args.seed + i for i in range(len(prompts))], []
         print(f"{suite} (chance: top 1 {1 / len(among):.4f}, median rank {(len(among) + 1) / 2:.0f} of {len(among)})")
         for name, expert, llm in runs:
-            texts = think(llm, [prompt for _, prompt, _ in prompts], args)
-            pictures = draw(expert, llm, texts, seeds, args.steps, args.guidance)
+            pictures = draw(expert, llm, [prompt for _, prompt, _ in prompts], seeds, args.steps, args.guidance)
             places = {measure: ranks(features(pictures), features(candidates), [place[text] for *_, text in prompts])
                       for measure, features in measures.items()}  # fmt: skip
             results[name][suite] = summarize_ranks(suite, [row for row, *_ in prompts], places, len(among))
@@ -336,7 +335,7 @@ def evaluate_emoji(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, 
         picture_table(blocks).save(args.out / f"evaluate-{suite}.png")
     if args.probe:
         name, _, llm = runs[0]
-        llm.reread()
+        llm.think(None)
         llm.keep(range(len(llm.layers)))
         results[name]["probe"] = probe_emoji(llm, source, args.limit)
     return results
@@ -453,7 +452,11 @@ def open_runs(args: argparse.Namespace) -> list[tuple[str, ImageExpert, FrozenLL
     args.suite = args.suite.split(",") if args.suite else list(known)
     if unknown := [name for name in args.suite if name not in known]:
         raise ValueError(f"--suite {unknown[0]}: for a run on {data[args.ckpt]} expected some of {','.join(known)}")
-    return [(name, expert, llm_of(expert, None, device, dtype)) for name, expert in experts.items()]
+    runs = [(name, expert, llm_of(expert, None, device, dtype)) for name, expert in experts.items()]
+    for _, _, llm in runs:
+        if thinking := thinking_of(llm, args):
+            llm.think(*thinking)
+    return runs
 
 
 def save_results(path: Path, results: dict) -> None:
@@ -471,8 +474,7 @@ def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert,
         seeds = [args.seed + i for i in range(len(prompts))]  # a noise of its own for each picture
         drawn = []
         for name, expert, llm in runs:
-            texts = think(llm, [prompt.text for prompt in prompts], args)
-            pictures = draw(expert, llm, texts, seeds, args.steps, args.guidance)
+            pictures = draw(expert, llm, [prompt.text for prompt in prompts], seeds, args.steps, args.guidance)
             grades = [grade(prompt, picture) for prompt, picture in zip(prompts, pictures)]
             drawn.append((name, pictures, grades))
             results[name][suite] = summarize(suite, prompts, grades)
@@ -481,7 +483,7 @@ def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert,
         sheet(prompts, drawn).save(args.out / f"evaluate-{suite}.png")
     if args.probe:
         name, _, llm = runs[0]
-        llm.reread()
+        llm.think(None)
         llm.keep(range(len(llm.layers)))
         results[name]["probe"] = probe(llm, graded, args.seed)
         print_probe(results[name]["probe"])

@@ -124,18 +124,18 @@ class FrozenLLM:
     Keys and values are kept per caption, up to cache_mb megabytes (MB = 10^6 bytes), the least recently used go first.
     `seconds` adds up the time spent in the LLM. ValueError if the model has no key-value cache or is not causal.
     `read` sets what stands around a caption, `keep` which layers are handed over, `think` lets the LLM write on after it.
+    `revision`: the commit of its Hub repository, None for a local model.
     """
 
     def __init__(self, model, tokenizer, name: str, cache_mb: float = 512):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.device, self.dtype = model.device, model.dtype
-        self.fingerprint = fingerprint(model)
+        self.fingerprint, self.revision = fingerprint(model), getattr(model.config, "_commit_hash", None)
         self.seconds = 0.0
         self._cached: OrderedDict[str, Tensor] = OrderedDict()  # caption -> (T, W): all kept layers side by side
         self._cached_bytes, self._cache_limit = 0, int(cache_mb * 1e6)
         self.max_tokens = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9) - 1
         self._warned = False
-        self.written: dict[str, str] = {}
         self.layers, self.cache_index, self.rotary = self._probe()
         self.keep(range(len(self.layers)))
         self.read()
@@ -223,11 +223,6 @@ class FrozenLLM:
         self._widths = [layer.kv_heads * width for layer in self.kept for width in (layer.key_width, layer.value_width)]
         self._forget()
 
-    def reread(self) -> None:
-        """No more thinking: captions are read again as `read` says."""
-        self._thinking = None
-        self._forget()
-
     def _forget(self) -> None:
         self._cached.clear()
         self._cached_bytes = 0
@@ -241,12 +236,12 @@ class FrozenLLM:
         """
         if template.count("{}") != 1:
             raise ValueError(f"--template {template!r}: expected a text with one {{}}, where the caption stands")
-        self._before, after = template.split("{}")
+        self.template, (self._before, after) = template, template.split("{}")
         self._after = self.tokenizer(after, add_special_tokens=False).input_ids if after else []
         if expose == "after" and not self._after:
             raise ValueError(f"--expose after: the template {template!r} has no text after the caption")
         self.expose = expose
-        self.reread()
+        self.think(None)
 
     def chat(self, template: str = "{}") -> str:
         """The template as a user's message in the model's own chat template. ValueError if the model has none."""
@@ -256,32 +251,35 @@ class FrozenLLM:
                                                   add_generation_prompt=True)  # fmt: skip
         return text.removeprefix(self.tokenizer.bos_token or "")  # the tokenizer puts that there itself
 
-    def think(self, frame: str, tokens: int, only_written: bool = False) -> None:
+    def think(self, frame: str | None, tokens: int = 48, show: str = "all") -> None:
         """From now on the LLM reads a caption in this frame, where {} stands, and writes on, greedily, up to so many tokens or
-        the end of the line. The image looks at the caption and all that follows it (Mural's reasoning at inference), or only at
-        what was written (UniFusion's VERIFI): out of the cache, no second pass. The empty prompt of guidance stays as it was.
-        Empties the cache. `written`: caption -> what the LLM wrote. ValueError if the frame has not one {}.
+        the end of the line; None: no more. What the image then looks at: "all", the caption and what follows it (Mural's
+        reasoning at inference); only what was "written", in its context (UniFusion's VERIFI); both out of the cache, with no
+        second pass. Or "reencode": what was written, read as a caption of its own. The empty prompt of guidance stays as it
+        was. Empties the cache. `written`: caption -> what the LLM wrote. ValueError if the frame has not one {}.
         """
+        self.thinking, self.written = frame and [frame, tokens, show], {}
+        self._forget()
+        if frame is None:
+            return
         if frame.count("{}") != 1:
             raise ValueError(f"the frame {frame[-60:]!r}: expected a text with one {{}}, where the prompt stands")
-        before, after = frame.split("{}")
-        beginning = self.tokenizer(before).input_ids
-        if len(beginning) >= self.max_tokens:
-            raise ValueError(f"a frame of {len(beginning)} tokens leaves {self.name} no room to think")
-        start = self._run(torch.tensor([beginning], device=self.device)) if beginning else CacheUpTo(self.model.config)
-        self._thinking, self.written = (before, after, tokens, only_written, beginning, start), {}
-        self._forget()
+        self._frame_start = self.tokenizer(frame.split("{}")[0]).input_ids
+        if len(self._frame_start) >= self.max_tokens:
+            raise ValueError(f"a frame of {len(self._frame_start)} tokens leaves {self.name} no room to think")
+        start = torch.tensor([self._frame_start], device=self.device)
+        self._frame_cache = self._run(start) if self._frame_start else CacheUpTo(self.model.config)
 
     @torch.no_grad()
     def _think(self, caption: str) -> Tensor:
         """The row of a caption, as `think` says: (T, W). The frame's beginning was computed once, all else is here, once."""
-        before, after, tokens, only_written, beginning, start = self._thinking
-        ids = self.tokenizer(before + caption + after).input_ids
+        (frame, tokens, show), beginning = self.thinking, self._frame_start
+        ids = self.tokenizer(frame.replace("{}", caption)).input_ids
         shared = next((i for i, (a, b) in enumerate(zip(beginning, ids)) if a != b), min(len(beginning), len(ids) - 1))
         room = self.max_tokens - len(ids)
         if room < 1:
             raise ValueError(f"a prompt of {len(ids)} tokens with its frame leaves {self.name} no room to think")
-        cache = copy.deepcopy(start)
+        cache = copy.deepcopy(self._frame_cache)
         if shared < len(beginning):
             try:
                 cache.crop(shared - len(beginning))
@@ -298,7 +296,7 @@ class FrozenLLM:
         self.written[caption] = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
         length = cache.get_seq_length()  # all but the last token, which the model has not read
         row = self._pack(cache, torch.tensor([length], device=self.device))[0]
-        hidden = len(ids) if only_written else shared
+        hidden = len(ids) if show == "written" and length > len(ids) else shared  # nothing written: the prompt
         bos = [0] if self.expose == "all" and ids[0] == self.tokenizer.bos_token_id and hidden else []  # seen in training too
         return row[[*bos, *range(hidden, length)]]
 
@@ -348,11 +346,14 @@ class FrozenLLM:
             if caption in self._cached:
                 self._cached.move_to_end(caption)
                 found[caption] = self._cached[caption]
-            elif self._thinking and caption:
-                found[caption] = self._cached[caption] = self._think(caption)
-                self._cached_bytes += found[caption].nbytes
+                continue
+            row = self._think(caption) if self.thinking and caption else None
+            if row is not None and self.thinking[2] != "reencode":
+                found[caption] = self._cached[caption] = row
+                self._cached_bytes += row.nbytes
             else:
-                missing.setdefault(-(-len(ids := self.tokenize(caption)) // BUCKET) * BUCKET, []).append((caption, ids))
+                ids = self.tokenize(self.written.get(caption) or caption)
+                missing.setdefault(-(-len(ids) // BUCKET) * BUCKET, []).append((caption, ids))
         for length, group in sorted(missing.items()):
             for start in range(0, len(group), ROWS):
                 chunk = group[start : start + ROWS]
@@ -450,11 +451,12 @@ def ask_hub(name: str) -> str | None:
 
 def load_llm(
     name: str, device: torch.device, dtype: torch.dtype, cache_mb: float = 512, trust_remote_code: bool = False,
-    random_seed: int | None = None,
+    random_seed: int | None = None, revision: str | None = None,
 ) -> FrozenLLM:  # fmt: skip
     """Hub id, local folder, .gguf file or built-in name -> FrozenLLM. ValueError, in one line, if that cannot be.
 
     random_seed: the same architecture and tokenizer, but with fresh weights from this seed, as a control.
+    revision: the commit of a Hub id (default: the newest).
     """
     transformers.logging.set_verbosity_error()  # its own warnings and bars would drown the one line that matters
     transformers.logging.disable_progress_bar()
@@ -470,7 +472,7 @@ def load_llm(
         raise cannot(error) from None
 
     def load(local_files_only: bool):
-        options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+        options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only, "revision": revision}
         try:
             model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
             return model, AutoTokenizer.from_pretrained(where, **options)

@@ -233,7 +233,7 @@ def llm_of(expert: ImageExpert, name: str | None, device, dtype, trust_remote_co
     if not {"llm", "llm_fingerprint"} <= made_for.keys():
         raise ValueError("this checkpoint does not say which LLM it was trained with; expected one that train.py wrote")
     llm = load_llm(name or made_for["llm"], device, dtype, trust_remote_code=trust_remote_code,
-                   random_seed=made_for.get("random_llm"))  # fmt: skip
+                   random_seed=made_for.get("random_llm"), revision=None if name else made_for.get("llm_revision"))  # fmt: skip
     if llm.fingerprint != made_for["llm_fingerprint"]:
         raise ValueError(
             f"this checkpoint was trained with {made_for['llm']} (weights {made_for['llm_fingerprint'][:12]}), not with "
@@ -241,6 +241,7 @@ def llm_of(expert: ImageExpert, name: str | None, device, dtype, trust_remote_co
         )
     llm.keep([block.layer.index for block in expert.blocks])
     llm.read(made_for.get("template", "{}"), made_for.get("expose", "all"))
+    llm.think(*made_for.get("thinking") or [None])
     return llm
 
 
@@ -255,21 +256,17 @@ def add_thinking(parser: argparse.ArgumentParser) -> None:
     add("--frame", metavar="FILE", help="what it is asked, with {} for the prompt (default: assets/frames/)")
 
 
-def think(llm: FrozenLLM, prompts: list[str], args: argparse.Namespace) -> list[str]:
-    """Let the LLM write about the prompts as --think and --rewrite say. -> the prompts to draw."""
+def thinking_of(llm: FrozenLLM, args: argparse.Namespace) -> list | None:
+    """What --think, --rewrite and --frame say, as the arguments of FrozenLLM.think; None if they say nothing."""
     if not (args.think or args.rewrite):
-        return prompts
+        return None
     path = Path(args.frame or FRAMES / ("rewrite.txt" if args.rewrite else "think.txt"))
     try:
         frame = path.read_text("utf-8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--frame {path} cannot be read: {error}") from None
-    llm.think(llm.chat(frame) if llm.tokenizer.chat_template else frame, args.think or 48, bool(args.rewrite))
-    if args.rewrite != "reencode":
-        return prompts
-    llm.lookup(prompts)
-    llm.reread()
-    return [llm.written.get(prompt) or prompt for prompt in prompts]
+    shown = {None: "all", "context": "written", "reencode": "reencode"}[args.rewrite]
+    return [llm.chat(frame) if llm.tokenizer.chat_template else frame, args.think or 48, shown]
 
 
 def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
@@ -351,7 +348,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     llm = llm_of(expert, args.llm, device, dtype, args.trust_remote_code)
     seeds = [args.seed + k for k in range(args.n)]
-    texts = [text for text in think(llm, prompts, args) for _ in seeds]
+    if thinking := thinking_of(llm, args):
+        llm.think(*thinking)
+    texts = [prompt for prompt in prompts for _ in seeds]
     pictures = draw(expert, llm, texts, seeds * len(prompts), args.steps, args.guidance,
                     tuple(args.guidance_interval), args.renorm, args.batch_size)  # fmt: skip
     for prompt, written in llm.written.items():

@@ -31,6 +31,7 @@ from flow import flow_loss, sample_time
 from model import FrozenLLM, ImageExpert, load_llm, read_safetensors, text_layers
 from sample import (
     OneLineParser,
+    add_thinking,
     captioned_grid,
     draw,
     one_line_errors,
@@ -38,6 +39,7 @@ from sample import (
     pick_dtype,
     positive,
     seed_number,
+    thinking_of,
     to_tensor,
 )
 
@@ -59,6 +61,8 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--random-llm", action="store_true", help="the control: fresh weights, from the seed, in place of the LLM's own")
     add("--template", default="{}", help="what the LLM reads: a text with {} where the caption stands")
     add("--expose", default="all", choices=["all", "after"], help="which of it the image may look at")
+    add("--chat", action="store_true", help="put it into the model's own chat template, as what the user says")
+    add_thinking(parser)
     add("--data", default="shapes", help="shapes, emoji (with defaults of its own: RECIPES), or a folder of captioned pictures")
     add("--emoji-font", metavar="FILE", help="colour font of --data emoji (default: the system's)")
     add("--emoji-variants", action="store_true", help="--data emoji with skin tones, flags and other sequences")
@@ -136,8 +140,9 @@ def build_expert(args: argparse.Namespace, llm: FrozenLLM) -> ImageExpert:
     layers = text_layers(llm, args.depth or min(9, len(llm.layers)), args.layers)
     per_group = round(2 * args.width / (layers[0]["key_width"] * layers[0]["kv_heads"]))
     heads = args.heads or layers[0]["kv_heads"] * max(1, per_group)
-    made_for = {"llm": args.llm, "llm_fingerprint": llm.fingerprint, "random_llm": args.seed if args.random_llm else None,
-                "template": args.template, "expose": args.expose, "data": args.data}  # fmt: skip
+    made_for = {"llm": args.llm, "llm_revision": llm.revision, "llm_fingerprint": llm.fingerprint,
+                "random_llm": args.seed if args.random_llm else None, "template": llm.template, "expose": llm.expose,
+                "thinking": llm.thinking, "data": args.data}  # fmt: skip
     if args.data == "emoji":
         made_for["emoji"] = {"font": args.emoji_font, "variants": args.emoji_variants}
     torch.manual_seed(args.seed)
@@ -191,11 +196,13 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     dtype, why_dtype = pick_dtype(args.dtype, device)
     print(f"device {device} ({why_device}); {dtype} ({why_dtype}); seed {args.seed}", flush=True)
     source = open_source(args.data, args.image_size, args.seed, args.emoji_font, args.emoji_variants)
+    before = json.loads(metadata["config"])["made_for"] if metadata else {}
     llm = load_llm(args.llm, device, dtype, args.context_cache_mb, args.trust_remote_code,
-                   args.seed if args.random_llm else None)  # fmt: skip
+                   args.seed if args.random_llm else None, before.get("llm_revision"))  # fmt: skip
+    llm.read(before.get("template") or (llm.chat(args.template) if args.chat else args.template), args.expose)
+    llm.think(*before.get("thinking") or thinking_of(llm, args) or [None])
     expert = build_expert(args, llm).to(device)
     llm.keep([block.layer.index for block in expert.blocks])
-    llm.read(args.template, args.expose)
     Path(args.out).mkdir(parents=True, exist_ok=True)  # nothing is written before everything is there
     ema = ImageExpert(**expert.config).to(device).requires_grad_(False)
     ema.load_state_dict(expert.state_dict())

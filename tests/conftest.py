@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a network
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from model import FrozenLLM, ImageExpert, load_llm, text_layers
 
@@ -50,7 +50,7 @@ DECODERS = ["qwen2", "llama", "gemma3", "cohere2", "gpt2"]
 def save_tiny_llm(kind: str, folder: Path, seed: int = 0) -> Path:
     """A random model of this family and a byte-level BPE tokenizer; Llama and Gemma put a BOS token first, as theirs do."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=["<bos>", "<eos>"],

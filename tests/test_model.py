@@ -1,6 +1,7 @@
 """The LLM stays frozen and reads each caption once; experts save, load, and refuse what is not theirs."""
 
 import json
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -20,7 +21,7 @@ from model import (
     text_layers,
     unpatchify,
 )
-from sample import draw, llm_of, load_expert, think
+from sample import draw, llm_of, load_expert, thinking_of
 
 
 class CountTokens:
@@ -263,37 +264,61 @@ def test_thinking_goes_into_the_cache_once(kind, tiny_llm):
         computed += len(out) - 1 - frame_tokens
     assert sum(read) == computed, "the frame is read once for all captions, and every other token once"
     assert torch.equal(llm.lookup([""])[""], empty), "the unconditional branch is as in training"
-    llm.think(frame, 8, only_written=True)
+    llm.think(frame, 8, "written")
     for caption, row in llm.lookup(captions).items():
         tail = len(row) - len([0] if llm.tokenizer("").input_ids else [])
-        assert torch.equal(row[-tail:], rows[caption][-tail:]) and 0 < tail <= 8
-    llm.reread()
+        assert torch.equal(row[-tail:], rows[caption][-tail:]), "a slice of the cache"
+        assert tail <= 8 if len(llm.written[caption]) > 1 else torch.equal(row, rows[caption]), "nothing written: the prompt"
+    llm.think(None)
     assert torch.equal(llm.lookup(captions)[captions[0]], tiny_llm(kind).lookup(captions)[captions[0]])
     with pytest.raises(ValueError, match="expected a text with one {}"):
         llm.think("no place", 8)
 
 
 def test_what_is_drawn_after_thinking(tiny_llm, tmp_path):
-    """--think and --rewrite leave the prompts and change how they are read; --rewrite reencode changes the prompts alone."""
+    """--think shows the prompt and what follows it, --rewrite what was written, --rewrite reencode reads that alone."""
     llm, prompts = tiny_llm("qwen2"), ["a red circle", "an orange cross"]
     plain = llm.lookup(prompts)
     frame = tmp_path / "frame.txt"
     frame.write_text("red => blue\n{} =>\n")
     options = {"think": None, "rewrite": None, "frame": str(frame)}
-    assert think(llm, prompts, Namespace(**options)) == prompts and not llm.written
+    assert thinking_of(llm, Namespace(**options)) is None and not llm.written
     lengths = {}
-    for name, more in (("think", {"think": 6}), ("context", {"think": 6, "rewrite": "context"})):
-        assert think(llm, prompts, Namespace(**options | more)) == prompts
+    for name, more in (("all", {"think": 6}), ("written", {"think": 6, "rewrite": "context"})):
+        thinking = thinking_of(llm, Namespace(**options | more))
+        assert thinking == ["red => blue\n{} =>", 6, name]
+        llm.think(*thinking)
         lengths[name] = [len(llm.lookup(prompts)[prompt]) for prompt in prompts]
-    assert max(lengths["context"]) <= 6 < min(lengths["think"]), "only what was written, or the prompt as well"
-    texts = think(llm, prompts, Namespace(**options | {"rewrite": "reencode"}))
-    assert texts == [llm.written[prompt] or prompt for prompt in prompts] and texts != prompts
-    assert torch.equal(llm.lookup(prompts)[prompts[0]], plain[prompts[0]]), "read as before"
+    assert max(lengths["written"]) <= 6 < min(lengths["all"]), "only what was written, or the prompt as well"
+    llm.think(*thinking_of(llm, Namespace(**options | {"rewrite": "reencode"})))
+    rows, texts = llm.lookup(prompts), [llm.written[prompt] or prompt for prompt in prompts]
+    llm.think(None)
+    assert texts != prompts and torch.equal(llm.lookup(prompts)[prompts[0]], plain[prompts[0]]), "read as before"
+    assert all(torch.equal(llm.lookup([text])[text], rows[prompt]) for prompt, text in zip(prompts, texts))
     with pytest.raises(ValueError, match="nowhere.txt cannot be read"):
-        think(llm, prompts, Namespace(**options | {"think": 6, "frame": "nowhere.txt"}))
+        thinking_of(llm, Namespace(**options | {"think": 6, "frame": "nowhere.txt"}))
     frame.write_text("Say it.")
     with pytest.raises(ValueError, match="expected a text with one {}"):
-        think(llm, prompts, Namespace(**options | {"think": 6}))
+        llm.think(*thinking_of(llm, Namespace(**options | {"think": 6})))
     frame.write_text("red " * 80 + "{}")
     with pytest.raises(ValueError, match="leaves .* no room to think"):
-        think(llm, prompts, Namespace(**options | {"think": 6}))
+        llm.think(*thinking_of(llm, Namespace(**options | {"think": 6})))
+
+
+def test_chat(llm_folder, tmp_path):
+    """The model's own chat template around the caption; a model without one is refused."""
+    shutil.copytree(llm_folder("llama"), tmp_path / "instruct")
+    plain = load_llm(str(tmp_path / "instruct"), CPU, torch.float32)
+    with pytest.raises(ValueError, match="has no chat template; expected an instruct model"):
+        plain.chat()
+    said = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    plain.tokenizer.chat_template = "{{ bos_token }}" + said + "{% if add_generation_prompt %}<say>{% endif %}"
+    plain.tokenizer.save_pretrained(tmp_path / "instruct")
+    llm = load_llm(str(tmp_path / "instruct"), CPU, torch.float32)
+    assert llm.chat("draw {}") == "<user>draw {}\n<say>"
+    llm.read(llm.chat("draw {}"), "after")
+    ids, bos = llm.tokenize("a red circle"), llm.tokenizer.bos_token_id
+    assert ids[0] == bos and bos not in ids[1:], "one BOS, the tokenizer's own"
+    assert llm.tokenizer.decode(ids[1:]) == "<user>draw a red circle\n<say>"
+    row = llm.lookup(["a red circle"])["a red circle"]
+    assert len(row) == len(llm.tokenizer("\n<say>", add_special_tokens=False).input_ids)
