@@ -2,6 +2,8 @@
 
 The LLM reads a caption once and hands over a `Context`: the keys and values of its attention layers. Layer l of the
 expert attends to them and to its own image tokens in one softmax. That cache is the whole interface.
+
+    python model.py --llm Qwen/Qwen2.5-0.5B            # what this project sees of an LLM
 """
 
 import copy
@@ -690,6 +692,29 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor
         ) from None
 
 
+def describe(llm: FrozenLLM) -> str:
+    """What the project sees of an LLM, a line each."""
+    config, every = llm.model.config.get_text_config(), llm.layers
+    parameters = sum(p.numel() for p in llm.model.parameters())
+    kinds = sorted({(x.kv_heads, x.key_width, x.value_width) for x in every})
+    turning = sorted({2 * len(rotary.frequencies) for rotary in llm.rotary})
+    token_bytes = sum(x.kv_heads * (x.key_width + x.value_width) for x in every) * llm.dtype.itemsize
+    empty = len(llm.tokenizer("").input_ids)
+    lines = {
+        "family": f"{config.model_type} ({type(llm.model).__name__}), {parameters / 1e6:.0f} M parameters in {llm.dtype}",
+        "weights": f"{llm.fingerprint[:12]}, revision {llm.revision or 'none (local)'}",
+        "attention": f"{len(every)} layers of {getattr(config, 'num_hidden_layers', '?')} keep keys and values; "
+                     f"H = {getattr(config, 'num_attention_heads', '?')} query heads; "
+                     + "; ".join(f"G = {g} key/value heads, Dk = {k}, Dv = {v}" for g, k, v in kinds),
+        "positions": f"rotary, {turning[-1]} dimensions turn" + (", in some layers none" if turning[0] == 0 else "")
+                     if turning[-1] else "not rotary: the picture's keys are not turned",
+        "limits": f"{llm.max_tokens} tokens" if llm.max_tokens < 10**9 - 1 else "none known",
+        "cache": f"{token_bytes / 1e3:.1f} kB per token, all layers",
+        "tokenizer": f"the empty prompt has {empty} tokens; chat template: {'yes' if llm.tokenizer.chat_template else 'no'}",
+    }  # fmt: skip
+    return "\n".join(f"{name:<12}{line}" for name, line in lines.items())
+
+
 def text_layers(llm: FrozenLLM, depth: int, part: str = "all") -> list[dict]:
     """The LLM's attention layers that a tower of `depth` blocks reads, evenly spread over a part of it: "all", or the "lower",
     "middle" or "upper" half (or as many layers as there are blocks, if that is more).
@@ -751,3 +776,20 @@ def joint_forward(llm: FrozenLLM, expert: ImageExpert, x_t: Tensor, t: Tensor, c
     finally:
         llm.model.set_attn_implementation(before)
     return expert.end(img, last, x_t, t)
+
+
+def main() -> None:
+    from sample import OneLineParser, pick_device, pick_dtype
+
+    parser = OneLineParser(description="What this project sees of an LLM.")
+    parser.add_argument("--llm", default="gemma-3-270m", help="Hub id, local folder, .gguf file, or gemma-3-270m")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
+    args = parser.parse_args()
+    device, _ = pick_device("auto")
+    print(describe(load_llm(args.llm, device, pick_dtype("auto", device)[0], trust_remote_code=args.trust_remote_code)))
+
+
+if __name__ == "__main__":
+    from sample import one_line_errors
+
+    one_line_errors(main)

@@ -125,12 +125,15 @@ def test_kill_while_saving(tiny_run, tmp_path):
     """Killed with -9 at twenty random moments of a process that does nothing but save: what is left always loads."""
     run = start(*tiny_run, "--steps", 2)
     steps(run, 1)
-    train.save_run(run)
+    started = time.perf_counter()
+    for _ in range(20):
+        train.save_run(run)
+    twenty_saves_seconds = time.perf_counter() - started  # on a busy machine a save takes longer
     seen, chance = set(), random.Random(0)
     for _ in range(20):
         process = multiprocessing.get_context("fork").Process(target=_save_for_ever, args=(run,))
         process.start()
-        time.sleep(chance.uniform(0, 0.1))
+        time.sleep(chance.uniform(0, max(0.1, twenty_saves_seconds)))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         metadata, tensors = train.read_safetensors(tmp_path / "run" / "train_state.safetensors")
