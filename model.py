@@ -549,6 +549,13 @@ def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
     return x.permute(0, 3, 1, 4, 2, 5).reshape(B, -1, height, width)
 
 
+def places(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
+    """(rows columns, width): where each patch is, half of the width for its row and half for its column."""
+    row = torch.arange(rows, device=device).repeat_interleave(columns)
+    column = torch.arange(columns, device=device).repeat(rows)
+    return torch.cat([sinusoid(row, width // 2), sinusoid(column, width // 2)], dim=-1)
+
+
 class ExpertBlock(nn.Module):
     """One transformer layer of the image tower. Its keys and values have the widths of the LLM layer it is paired with.
 
@@ -585,13 +592,64 @@ class ExpertBlock(nn.Module):
         return torch.addcmul(img, gate2, self.down(F.silu(gate) * up))
 
 
-class ImageExpert(nn.Module, PyTorchModelHubMixin):
+class Tower(nn.Module, PyTorchModelHubMixin):
+    """What every image tower shares: predict(x_t, t, context) -> velocity, the head's meaning, saving and loading.
+
+    `config`: the arguments that build it again, plain JSON; it travels inside the checkpoint. `reads`: the attention layers of
+    the LLM that it looks at. `blocks`: its transformer layers.
+    """
+
+    kinds: dict[str, type["Tower"]] = {}  # name of a class -> the class, for loading
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        Tower.kinds[cls.__name__] = cls
+
+    def __init__(self, config: dict):
+        super().__init__()
+        if config["image_size"] % config["patch"]:
+            raise ValueError(f"--image-size {config['image_size']} does not divide by --patch {config['patch']}")
+        self.config = config = config | {"made_for": config["made_for"] or {}}
+        self.patch, self.image_size, self.channels = config["patch"], config["image_size"], config["channels"]
+        self.prediction, self.made_for = config["prediction"], config["made_for"]
+
+    def velocity(self, tokens: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """What the head says, (B, N, C P P), as a velocity (B, C, height, width) in float32."""
+        out = unpatchify(tokens.float(), self.patch, *x_t.shape[2:])
+        if self.prediction == "velocity":
+            return out
+        # the path is straight: from x_t the velocity leads to the clean picture at t = 1 (clamped: it is 0/0 there)
+        return (out - x_t) / (1 - t).clamp_min(0.05).view(-1, 1, 1, 1)
+
+    # -- saving: one safetensors file with the config inside; config.json is a copy of it for the Hub's pages
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        metadata = {"tower": type(self).__name__, "config": json.dumps(self.config)}
+        save_file(weights, Path(save_directory) / "model.safetensors", metadata=metadata)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, revision=None, cache_dir=None, force_download=False, local_files_only=False,
+                         token=None, **ignored) -> "Tower":  # fmt: skip
+        path = Path(model_id) / "model.safetensors"
+        if not Path(model_id).is_dir():
+            path = hf_hub_download(model_id, "model.safetensors", revision=revision, cache_dir=cache_dir, token=token,
+                                   force_download=force_download, local_files_only=local_files_only)  # fmt: skip
+        metadata, weights = read_safetensors(path)
+        try:
+            expert = Tower.kinds[metadata.get("tower", "ImageExpert")](**json.loads(metadata["config"]))
+            expert.load_state_dict(weights)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is not an image expert of this project: {' '.join(str(error).split())[:200]}") from None
+        return expert.eval()
+
+
+class ImageExpert(Tower):
     """The tower that draws: noisy picture + time + Context -> velocity.
 
-    Every argument is plain JSON and becomes the config that travels inside the checkpoint. text_layers: the attention
-    layers of the LLM that the blocks read, one block each (dicts of TextLayer). prediction: what the head gives, "clean"
-    (the picture itself) or "velocity"; the answer is the velocity in both cases. made_for: what the weights belong to
-    (the LLM's name and fingerprint, the data).
+    text_layers: the attention layers of the LLM that the blocks read, one block each (dicts of TextLayer). prediction: what the
+    head gives, "clean" (the picture itself) or "velocity"; the answer is the velocity in both cases. made_for: what the weights
+    belong to (the LLM's name and fingerprint, the data).
     """
 
     def __init__(
@@ -605,18 +663,14 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
         prediction: str = "clean",
         made_for: dict | None = None,
     ):
-        super().__init__()
+        super().__init__({"text_layers": text_layers, "width": width, "heads": heads, "patch": patch, "image_size": image_size,
+                          "channels": channels, "prediction": prediction, "made_for": made_for})  # fmt: skip
         layers = [TextLayer(**layer) for layer in text_layers]
-        if image_size % patch:
-            raise ValueError(f"--image-size {image_size} does not divide by --patch {patch}")
         if width % 4:
             raise ValueError(f"--width {width} does not divide by 4, as the 2-D sine-cosine table needs")
         if wrong := [layer.kv_heads for layer in layers if heads % layer.kv_heads]:
             raise ValueError(f"--heads {heads}: expected a multiple of the LLM's {wrong[0]} key/value heads")
-        self.config = {"text_layers": text_layers, "width": width, "heads": heads, "patch": patch, "image_size": image_size,
-                       "channels": channels, "prediction": prediction, "made_for": made_for or {}}  # fmt: skip
-        self.width, self.patch, self.image_size, self.channels = width, patch, image_size, channels
-        self.prediction, self.made_for = prediction, made_for or {}
+        self.width, self.reads = width, [layer.index for layer in layers]
         self.embed = nn.Linear(channels * patch**2, width)
         self.embed_time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.modulation = nn.Linear(width, (6 * len(layers) + 2) * width)  # adaLN of all blocks and the head in one matmul
@@ -630,11 +684,8 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
     def begin(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """Picture and time -> image tokens (B, N, D), per block its modulation (B, 6, 1, D), the head's (B, 2, 1, D)."""
         B, _, height, width = x_t.shape
-        rows = torch.arange(height // self.patch, device=x_t.device).repeat_interleave(width // self.patch)
-        columns = torch.arange(width // self.patch, device=x_t.device).repeat(height // self.patch)
-        place = torch.cat([sinusoid(rows, self.width // 2), sinusoid(columns, self.width // 2)], dim=-1)  # (N, D)
         img = self.embed(patchify(x_t, self.patch))
-        img = img + place.to(img.dtype)  # (B, N, D)
+        img = img + places(height // self.patch, width // self.patch, self.width, x_t.device).to(img.dtype)  # (B, N, D)
         modulation = self.modulation(self.embed_time(sinusoid(1000 * t, 256)))  # (B, (6 L + 2) D)
         modulation = modulation.view(B, -1, 1, self.width)
         *per_block, last = modulation.split([6] * len(self.blocks) + [2], dim=1)
@@ -643,11 +694,7 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
     def end(self, img: Tensor, modulation: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Image tokens (B, N, D) -> velocity (B, C, height, width), float32."""
         x = torch.addcmul(modulation[:, 0], rms_norm(img), 1 + modulation[:, 1])
-        out = unpatchify(self.head(x).float(), self.patch, *x_t.shape[2:])
-        if self.prediction == "velocity":
-            return out
-        # the path is straight: from x_t the velocity leads to the clean picture at t = 1 (clamped: it is 0/0 there)
-        return (out - x_t) / (1 - t).clamp_min(0.05).view(-1, 1, 1, 1)
+        return self.velocity(self.head(x), x_t, t)
 
     def forward(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
         """predict(x_t, t, context) -> v: x_t (B, C, height, width), t (B,) in [0, 1]."""
@@ -659,27 +706,6 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
             img = block.finish(img, attended, m)
         return self.end(img, last, x_t, t)
 
-    # -- saving: one safetensors file with the config inside; config.json is a copy of it for the Hub's pages
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, Path(save_directory) / "model.safetensors", metadata={"config": json.dumps(self.config)})
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id, revision=None, cache_dir=None, force_download=False, local_files_only=False,
-                         token=None, **ignored) -> "ImageExpert":  # fmt: skip
-        path = Path(model_id) / "model.safetensors"
-        if not Path(model_id).is_dir():
-            path = hf_hub_download(model_id, "model.safetensors", revision=revision, cache_dir=cache_dir, token=token,
-                                   force_download=force_download, local_files_only=local_files_only)  # fmt: skip
-        metadata, weights = read_safetensors(path)
-        try:
-            expert = cls(**json.loads(metadata["config"]))
-            expert.load_state_dict(weights)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is not an image expert of this project: {' '.join(str(error).split())[:200]}") from None
-        return expert.eval()
-
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a file; ValueError if it is missing, truncated or something else. Nothing is unpickled."""
@@ -690,6 +716,9 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor
         raise ValueError(
             f"{path} does not read as safetensors (missing, truncated, or another kind of file): {error}"
         ) from None
+
+
+PARTS = ("all", "lower", "middle", "upper")
 
 
 def describe(llm: FrozenLLM) -> str:
@@ -716,13 +745,20 @@ def describe(llm: FrozenLLM) -> str:
 
 
 def text_layers(llm: FrozenLLM, depth: int, part: str = "all") -> list[dict]:
-    """The LLM's attention layers that a tower of `depth` blocks reads, evenly spread over a part of it: "all", or the "lower",
-    "middle" or "upper" half (or as many layers as there are blocks, if that is more).
+    """The LLM's attention layers that a tower of `depth` blocks reads, evenly spread over a part of it: "all", the "lower",
+    "middle" or "upper" half (or as many layers as there are blocks, if that is more), or numbers with commas ("13,15,17"),
+    each then read by several blocks if there are more blocks than numbers.
 
     The middle layers are where words of different languages mean the same; the lower ones still know the word, the upper
     ones already the next.
     """
     available = len(llm.layers)
+    if part not in PARTS:
+        numbers = [int(text) if text.strip().isdecimal() else available for text in part.split(",")]
+        if max(numbers) >= available or sorted(set(numbers)) != numbers or len(numbers) > depth:
+            raise ValueError(f"--layers {part}: expected {', '.join(PARTS)}, or at most {depth} rising numbers from 0 to "
+                             f"{available - 1} with commas")  # fmt: skip
+        return [asdict(llm.layers[numbers[i * len(numbers) // depth]]) for i in range(depth)]
     if depth > available:
         raise ValueError(f"--depth {depth}: {llm.name} has {available} attention layers to read from; expected at most that")
     window = available if part == "all" else max(depth, available // 2)
@@ -749,23 +785,23 @@ def joint_forward(llm: FrozenLLM, expert: ImageExpert, x_t: Tensor, t: Tensor, c
     mask = hybrid_mask(lengths, T, N)
     hidden = torch.tensor([llm.hidden(len(row)) for row in ids], device=llm.device)
     img_mask = mask[:, :, T:] & (torch.arange(T + N, device=llm.device) >= hidden[:, None, None, None])
-    tower = {llm.cache_index[block.layer.index]: (block, m) for block, m in zip(expert.blocks, modulations)}
+    tower = {}  # layer of the LLM -> the blocks that read it
+    for block, m in zip(expert.blocks, modulations):
+        tower.setdefault(llm.cache_index[block.layer.index], []).append((block, m))
 
     def attend(module, txt_q, txt_k, txt_v, attention_mask, scaling=None, **_):
         nonlocal img
         txt_q = txt_q * (scaling if scaling is not None else txt_q.shape[-1] ** -0.5)
-        if module.layer_idx not in tower:
-            return joint_attention_definition(txt_q, txt_k, txt_v, mask[:, :, :T, :T]).transpose(1, 2), None
-        block, m = tower[module.layer_idx]
-        img_q, img_k, img_v = block.project(img, m)
-        rotary = llm.rotary[block.layer.index]
-        img_q, img_k = rotary(img_q * img_q.shape[-1] ** -0.5, lengths), rotary(img_k, lengths)  # the place after the caption
-        joint_k = torch.cat([txt_k, img_k], dim=2)  # (B, G, T+N, Dk)
-        joint_v = torch.cat([txt_v, img_v], dim=2)  # (B, G, T+N, Dv)
-        # the rows of one softmax, in two calls because the towers may differ in their number of query heads
-        txt_out = joint_attention_definition(txt_q, joint_k, joint_v, mask[:, :, :T])
-        img_out = joint_attention_definition(img_q, joint_k, joint_v, img_mask)
-        img = block.finish(img, img_out, m)
+        joint_k, joint_v = txt_k, txt_v
+        for block, m in tower.get(module.layer_idx, []):
+            img_q, img_k, img_v = block.project(img, m)
+            rotary = llm.rotary[block.layer.index]
+            img_q, img_k = rotary(img_q * img_q.shape[-1] ** -0.5, lengths), rotary(img_k, lengths)  # the place after the text
+            joint_k = torch.cat([txt_k, img_k], dim=2)  # (B, G, T+N, Dk)
+            joint_v = torch.cat([txt_v, img_v], dim=2)  # (B, G, T+N, Dv)
+            img = block.finish(img, joint_attention_definition(img_q, joint_k, joint_v, img_mask), m)
+        # the text's rows of the same softmax; a call of its own because the towers may differ in their number of query heads
+        txt_out = joint_attention_definition(txt_q, joint_k, joint_v, mask[:, :, :T, : joint_k.shape[2]])
         return txt_out.transpose(1, 2), None
 
     before = llm.model.config._attn_implementation

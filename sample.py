@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import bridges  # noqa: F401 - its towers can be loaded too
 from flow import euler_sample
-from model import FrozenLLM, ImageExpert, ask_hub, load_llm
+from model import FrozenLLM, Tower, ask_hub, load_llm
 
 
 def one_line_errors(main) -> None:
@@ -99,7 +100,7 @@ def to_tensor(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def draw(
-    expert: ImageExpert, llm: FrozenLLM, prompts: list[str], seeds: list[int], steps: int = 24, guidance: float = 3.0,
+    expert: Tower, llm: FrozenLLM, prompts: list[str], seeds: list[int], steps: int = 24, guidance: float = 3.0,
     interval: tuple[float, float] = (0.0, 1.0), renorm: bool = False, batch_size: int = 64,
 ) -> np.ndarray:  # fmt: skip
     """A picture of each prompt, from the noise of its seed -> (prompts, height, width, C) uint8.
@@ -212,22 +213,22 @@ def newest_run(folder: Path = Path("runs")) -> Path:
     return runs[-1].parent
 
 
-def load_expert(ckpt: str, device: torch.device) -> ImageExpert:
+def load_expert(ckpt: str, device: torch.device) -> Tower:
     """A run's folder or a Hub id -> the expert. ValueError, in one line, if that cannot be."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it misses a config.json that stands in the weights' file
     if (Path(ckpt) / "model.safetensors").is_file():
-        return ImageExpert.from_pretrained(ckpt).to(device)
+        return Tower.from_pretrained(ckpt).to(device)
     if Path(ckpt).exists() or len(Path(ckpt).parts) != 2:
         raise ValueError(f"--ckpt {ckpt}: no model.safetensors there; expected the folder of a run, or a Hub id")
     try:
-        return ImageExpert.from_pretrained(ckpt, local_files_only=True).to(device)
+        return Tower.from_pretrained(ckpt, local_files_only=True).to(device)
     except OSError:
         if why := ask_hub(ckpt):
             raise ValueError(f"--ckpt {ckpt}: no such folder, and as a Hub id: {why}") from None
-    return ImageExpert.from_pretrained(ckpt).to(device)
+    return Tower.from_pretrained(ckpt).to(device)
 
 
-def llm_of(expert: ImageExpert, name: str | None, device, dtype, trust_remote_code: bool = False) -> FrozenLLM:
+def llm_of(expert: Tower, name: str | None, device, dtype, trust_remote_code: bool = False) -> FrozenLLM:
     """The LLM that an expert was trained with; another one, or another revision of it, is refused."""
     made_for = expert.made_for
     if not {"llm", "llm_fingerprint"} <= made_for.keys():
@@ -239,7 +240,7 @@ def llm_of(expert: ImageExpert, name: str | None, device, dtype, trust_remote_co
             f"this checkpoint was trained with {made_for['llm']} (weights {made_for['llm_fingerprint'][:12]}), not with "
             f"{llm.name} (weights {llm.fingerprint[:12]}): its keys and values mean something else"
         )
-    llm.keep([block.layer.index for block in expert.blocks])
+    llm.keep(expert.reads)
     llm.read(made_for.get("template", "{}"), made_for.get("expose", "all"))
     llm.think(*made_for.get("thinking") or [None])
     return llm

@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from bridges import MirrorTower
 from data import Emoji, Folder, Shapes, open_source
 from flow import flow_loss, sample_time
-from model import FrozenLLM, ImageExpert, load_llm, read_safetensors, text_layers
+from model import FrozenLLM, ImageExpert, Tower, load_llm, read_safetensors, text_layers
 from sample import (
     OneLineParser,
     add_thinking,
@@ -46,8 +47,9 @@ from sample import (
 LOOK_AHEAD = 32  # steps whose captions go to the LLM together
 LOG_EVERY = 50  # steps a line of metrics.jsonl
 TIME_BINS = 5  # of equal width in t
-RECIPES = {  # what --data changes in the defaults: of one word or two, the LLM knows most after it has been asked to translate
-    "emoji": {"template": '"{}" in English: "', "expose": "after", "layers": "upper", "steps": 4500}
+RECIPES = {  # what --data and --expert change in the defaults (of a name, the LLM knows most once asked to translate it)
+    "emoji": {"template": '"{}" in English: "', "expose": "after", "layers": "upper", "steps": 4500},
+    "mirror": {"lr": 3e-4},
 }
 MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every", "context_cache_mb"}  # on resuming
 
@@ -81,14 +83,22 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     )
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate")
     add("--warmup", type=positive(int), default=200, help="steps of linear warm-up; then linear decay to zero")
+    add("--weight-decay", type=float, default=0.01, help="the higher, the less the expert trusts what only training shows")
     add("--ema", type=float, default=0.999, help="decay of the weights' moving average")
     add("--caption-dropout", type=float, default=0.1, help="share of pictures trained on the empty prompt, for guidance")
     add("--time-mean", type=float, default=-0.4, help="mean of the logit-normal time; below zero leans to the noise")
     add("--prediction", default="clean", choices=["clean", "velocity"], help="what the network's head gives")
-    add("--width", type=positive(int), default=256, help="width of the expert")
+    add("--expert", default="tiny", choices=["tiny", "mirror"], help="the image tower: our own, or a copy of the LLM's decoder")
+    add("--init", default="llm", choices=["llm", "random"], help="--expert mirror: start from the LLM's weights or from chance")
+    add("--checkpointing", action="store_true", help="--expert mirror: less memory, more time (gradient checkpointing)")
+    add("--width", type=positive(int), default=256, help="width of the tiny expert")
     add("--heads", type=positive(int), help="query heads (default: as many as make twice the width)")
     add("--depth", type=positive(int), help="layers (default: 9, or the LLM's if it has fewer)")
-    add("--layers", default="middle", choices=["all", "lower", "middle", "upper"], help="the half of the LLM's layers it reads")
+    add(
+        "--layers",
+        default="middle",
+        help="the LLM's layers it reads: all, the lower, middle or upper half, or numbers: 13,15,17",
+    )
     add("--patch", type=positive(int), default=8, help="side of a patch in pixels")
     add("--image-size", type=positive(int), default=32, help="side of the pictures in pixels")
     add("--context-cache-mb", type=positive(float), default=512, help="most memory for captions' keys and values, in MB")
@@ -99,7 +109,12 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--sample-every", type=positive(int), default=1000, help="steps between grids of samples")
     add("--save-every", type=positive(int), default=500, help="steps between checkpoints")
     add("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
-    parser.set_defaults(**RECIPES.get(parser.parse_args(argv).data, {}))
+    plain = parser.parse_args(argv)
+    for_mirror, for_tiny = ("init", "checkpointing"), ("width", "heads", "depth", "layers")
+    for name in for_tiny if plain.expert == "mirror" else for_mirror:
+        if getattr(plain, name) != parser.get_default(name):
+            raise ValueError(f"--{name} is not for --expert {plain.expert}: leave it out")
+    parser.set_defaults(**RECIPES.get(plain.data, {}) | RECIPES.get(plain.expert, {}))
     parser.set_defaults(**(stored or {}))
     args = parser.parse_args(argv)
     of_llm = "" if args.llm == parser.get_default("llm") else f"-{Path(args.llm).name}"
@@ -136,17 +151,19 @@ def settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict]:
     return merged, metadata, tensors
 
 
-def build_expert(args: argparse.Namespace, llm: FrozenLLM) -> ImageExpert:
-    layers = text_layers(llm, args.depth or min(9, len(llm.layers)), args.layers)
-    per_group = round(2 * args.width / (layers[0]["key_width"] * layers[0]["kv_heads"]))
-    heads = args.heads or layers[0]["kv_heads"] * max(1, per_group)
+def build_expert(args: argparse.Namespace, llm: FrozenLLM) -> Tower:
     made_for = {"llm": args.llm, "llm_revision": llm.revision, "llm_fingerprint": llm.fingerprint,
                 "random_llm": args.seed if args.random_llm else None, "template": llm.template, "expose": llm.expose,
                 "thinking": llm.thinking, "data": args.data}  # fmt: skip
     if args.data == "emoji":
         made_for["emoji"] = {"font": args.emoji_font, "variants": args.emoji_variants}
+    shared = {"patch": args.patch, "image_size": args.image_size, "prediction": args.prediction, "made_for": made_for}
     torch.manual_seed(args.seed)
-    return ImageExpert(layers, args.width, heads, args.patch, args.image_size, prediction=args.prediction, made_for=made_for)
+    if args.expert == "mirror":
+        return MirrorTower.beside(llm, args.init, checkpointing=args.checkpointing, **shared)
+    layers = text_layers(llm, args.depth or min(9, len(llm.layers)), args.layers)
+    per_group = round(2 * args.width / (layers[0]["key_width"] * layers[0]["kv_heads"]))
+    return ImageExpert(layers, args.width, args.heads or layers[0]["kv_heads"] * max(1, per_group), **shared)
 
 
 def batches(source, llm: FrozenLLM, batch_size: int, draws: int, start: int) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -162,17 +179,19 @@ def batches(source, llm: FrozenLLM, batch_size: int, draws: int, start: int) -> 
         step = end
 
 
-def build_optimizers(expert: ImageExpert, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for all else (Jordan et al. 2024). Together: every parameter, once.
+def build_optimizers(expert: Tower, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the tiny expert's blocks (Jordan et al. 2024), AdamW for all else. Every parameter, once.
 
-    Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both (Liu et al. 2025, section 2.2).
+    Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both (Liu et al. 2025, section 2.2). A
+    copy of the LLM trains with AdamW alone, as in the papers: its large matrices make Muon's orthogonalization too dear.
     """
-    matrices = [p for p in expert.blocks.parameters() if p.dim() == 2]
+    matrices = [p for p in expert.blocks.parameters() if p.dim() == 2] if isinstance(expert, ImageExpert) else []
     taken = {id(p) for p in matrices}
     others = [p for p in expert.parameters() if id(p) not in taken]
     fused = others[0].device.type in ("cpu", "cuda")
-    return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)]  # fmt: skip
+    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused)
+    muon = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else []
+    return [*muon, adamw]
 
 
 @dataclass
@@ -182,8 +201,8 @@ class Run:
     args: argparse.Namespace
     source: Shapes | Emoji | Folder
     llm: FrozenLLM
-    expert: ImageExpert
-    ema: ImageExpert
+    expert: Tower
+    ema: Tower
     optimizers: list[torch.optim.Optimizer]
     device: torch.device
     dtype: torch.dtype
@@ -202,11 +221,11 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     llm.read(before.get("template") or (llm.chat(args.template) if args.chat else args.template), args.expose)
     llm.think(*before.get("thinking") or thinking_of(llm, args) or [None])
     expert = build_expert(args, llm).to(device)
-    llm.keep([block.layer.index for block in expert.blocks])
+    llm.keep(expert.reads)
     Path(args.out).mkdir(parents=True, exist_ok=True)  # nothing is written before everything is there
-    ema = ImageExpert(**expert.config).to(device).requires_grad_(False)
+    ema = type(expert)(**expert.config).to(device).requires_grad_(False)
     ema.load_state_dict(expert.state_dict())
-    run = Run(args, source, llm, expert, ema, build_optimizers(expert, args.lr), device, dtype)
+    run = Run(args, source, llm, expert, ema, build_optimizers(expert, args.lr, args.weight_decay), device, dtype)
     if metadata:
         load_run(run, metadata, tensors)
     first, side = llm.layers[0], args.image_size // args.patch
@@ -214,7 +233,7 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     print(f"LLM {args.llm}: {sum(p.numel() for p in llm.model.parameters()) / 1e6:.0f} M parameters, {weights}; "
           f"{len(llm.layers)} attention layers with {first.kv_heads} key/value heads of width {first.key_width}")  # fmt: skip
     print(f"expert: {sum(p.numel() for p in expert.parameters()) / 1e6:.1f} M parameters, all trained; "
-          f"{len(expert.blocks)} layers of width {args.width}, {side}x{side} image tokens")  # fmt: skip
+          f"{len(expert.blocks)} layers of width {expert.width}, {side}x{side} image tokens")  # fmt: skip
     if isinstance(source, Emoji):
         print(f"{len(source.trained)} emoji to train on, {len(source.held_out)} held out; the font lacks {len(source.missing)}")
     print(f"data {args.data}; run {args.out}" + (f", resumed at step {run.step}" if run.step else ""), flush=True)

@@ -92,9 +92,9 @@ def tiny_llm(llm_folder):
     return lambda kind, **options: load_llm(str(llm_folder(kind)), CPU, torch.float32, **options)
 
 
-def random_expert(llm: FrozenLLM, depth: int = 2, **options) -> ImageExpert:
+def random_expert(llm: FrozenLLM, depth: int = 2, part: str = "all", **options) -> ImageExpert:
     """An expert whose every weight is random (a new one answers 0: its head and gates start at zero)."""
-    layers = text_layers(llm, depth)
+    layers = text_layers(llm, depth, part)
     options = {
         "prediction": "velocity",
         "width": 32,
@@ -107,7 +107,7 @@ def random_expert(llm: FrozenLLM, depth: int = 2, **options) -> ImageExpert:
     with torch.no_grad():
         for weight in expert.parameters():
             weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    llm.keep([block.layer.index for block in expert.blocks])
+    llm.keep(expert.reads)
     return expert
 
 

@@ -23,13 +23,15 @@ def noisy_batch(expert, n: int):
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-@pytest.mark.parametrize("depth, template, expose", [(2, "{}", "all"), (3, "{}", "all"), (2, "say {}\nin words: a", "all"),
-                                                     (3, "say {}\nin words: a", "after")])  # fmt: skip
-def test_cached_path_equals_joint_forward(kind, depth, template, expose, tiny_llm):
+@pytest.mark.parametrize("depth, layers, template, expose", [
+    (2, "all", "{}", "all"), (3, "all", "{}", "all"), (4, "1,2", "{}", "all"), (2, "all", "say {}\nin words: a", "all"),
+    (3, "all", "say {}\nin words: a", "after"),
+])  # fmt: skip
+def test_cached_path_equals_joint_forward(kind, depth, layers, template, expose, tiny_llm):
     """Both towers in lockstep over the whole joint sequence, against the expert over cached keys and values."""
     llm = tiny_llm(kind)
     llm.read(template, expose)
-    expert = random_expert(llm, depth)
+    expert = random_expert(llm, depth, layers)
     x_t, t = noisy_batch(expert, len(CAPTIONS))
     with torch.no_grad():
         cached = expert(x_t, t, llm.context(CAPTIONS))

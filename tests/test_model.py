@@ -164,8 +164,14 @@ def test_depth_is_spread_over_the_llm(tiny_llm):
     halves = [[layer["index"] for layer in text_layers(llm, 1, part)] for part in ("lower", "middle", "upper")]
     assert halves == [[0], [1], [2]]
     assert [layer["index"] for layer in text_layers(llm, 2, "middle")] == [0, 1], "never fewer layers than blocks"
+    assert [layer["index"] for layer in text_layers(llm, 5, "0,2")] == [0, 0, 0, 2, 2], "several blocks may read one layer"
     with pytest.raises(ValueError, match="--depth 4: .* has 3 attention layers"):
         text_layers(llm, 4)
+    for wrong in ("3", "2,1", "top", "1,,2", "-1", "0,1,2"):
+        with pytest.raises(
+            ValueError, match=f"--layers {wrong}: expected all, lower, middle, upper, or at most 2 rising numbers"
+        ):
+            text_layers(llm, 2, wrong)
 
 
 def test_any_resolution(tiny_llm):
