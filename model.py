@@ -22,11 +22,20 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download, model_info
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    DynamicCache,
+)
 
 from attention import hybrid_mask, joint_attention, joint_attention_definition, rotate, text_mask
 
@@ -125,7 +134,8 @@ class FrozenLLM:
 
     Keys and values are kept per caption, up to cache_mb megabytes (MB = 10^6 bytes), the least recently used go first.
     `seconds` adds up the time spent in the LLM. ValueError if the model has no key-value cache or is not causal.
-    `read` sets what stands around a caption, `keep` which layers are handed over, `think` lets the LLM write on after it.
+    `read` sets what stands around a caption, `look` puts a picture before it, `think` lets the LLM write on after it, `keep`
+    says which layers are handed over.
     `revision`: the commit of its Hub repository, None for a local model.
     """
 
@@ -133,7 +143,7 @@ class FrozenLLM:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.device, self.dtype = model.device, model.dtype
         self.fingerprint, self.revision = fingerprint(model), getattr(model.config, "_commit_hash", None)
-        self.seconds = 0.0
+        self.processor, self.seconds = None, 0.0
         self._cached: OrderedDict[str, Tensor] = OrderedDict()  # caption -> (T, W): all kept layers side by side
         self._cached_bytes, self._cache_limit = 0, int(cache_mb * 1e6)
         self.max_tokens = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9) - 1
@@ -260,7 +270,7 @@ class FrozenLLM:
         second pass. Or "reencode": what was written, read as a caption of its own. The empty prompt of guidance stays as it
         was. Empties the cache. `written`: caption -> what the LLM wrote. ValueError if the frame has not one {}.
         """
-        self.thinking, self.written = frame and [frame, tokens, show], {}
+        self.thinking, self.written, self.picture = frame and [frame, tokens, show], {}, None
         self._forget()
         if frame is None:
             return
@@ -301,6 +311,44 @@ class FrozenLLM:
         hidden = len(ids) if show == "written" and length > len(ids) else shared  # nothing written: the prompt
         bos = [0] if self.expose == "all" and ids[0] == self.tokenizer.bos_token_id and hidden else []  # seen in training too
         return row[[*bos, *range(hidden, length)]]
+
+    def look(self, picture: Image.Image) -> None:
+        """From now on this picture stands before every caption, as the model's own processor puts it there: its tokens are more
+        entries of the cache (UniFusion, LLaVAFusion). Empties the cache. ValueError if the model sees no pictures.
+        """
+        if not hasattr(self.model.config, "vision_config"):
+            raise ValueError(
+                f"--image: {self.name} ({type(self.model).__name__}) reads text only; expected a vision-language model"
+            )
+        if self.processor is None:
+            try:
+                self.processor = AutoProcessor.from_pretrained(self.model.config._name_or_path, revision=self.revision)
+            except (ImportError, ValueError, OSError, TypeError) as error:
+                what = " ".join(str(error).split())[:200]
+                raise ValueError(f"--image: the processor of {self.name} does not load: {what}") from None
+        self.picture = picture
+        self._forget()
+
+    @torch.no_grad()
+    def _look(self, caption: str) -> Tensor:
+        """The row of a picture and a caption: (T, W)."""
+        mark, placeholder = "[prompt]", getattr(self.processor, "boi_token", None) or self.processor.image_token
+        if getattr(self.processor, "chat_template", None):  # it knows what stands around a picture: compare with and without
+
+            def said(*content: dict) -> str:
+                user = {"role": "user", "content": [*content, {"type": "text", "text": mark}]}
+                return self.processor.apply_chat_template([user], tokenize=False)
+
+            placeholder = said({"type": "image"})[len(said().partition(mark)[0]) :].partition(mark)[0]
+        text = self.template.replace("{}", placeholder + caption)
+        inputs = self.processor(text=[text], images=[self.picture], return_tensors="pt").to(self.device, self.dtype)
+        ids = inputs.pop("input_ids")
+        if ids.shape[1] > self.max_tokens:
+            raise ValueError(f"--image: picture and prompt are {ids.shape[1]} tokens; {self.name} takes {self.max_tokens}")
+        cache = self._run(ids, max(self.cache_index[layer.index] for layer in self.kept), **inputs)
+        saved = getattr(self.model.base_model, "rope_deltas", None)  # a picture may take fewer positions than tokens (M-RoPE)
+        place = torch.tensor([ids.shape[1]], device=self.device) + (0 if saved is None else saved.reshape(-1))
+        return self._pack(cache, place)[0, self.hidden(ids.shape[1]) :]
 
     # -- captions to contexts
 
@@ -349,8 +397,12 @@ class FrozenLLM:
                 self._cached.move_to_end(caption)
                 found[caption] = self._cached[caption]
                 continue
-            row = self._think(caption) if self.thinking and caption else None
-            if row is not None and self.thinking[2] != "reencode":
+            row = None
+            if caption and self.picture:
+                row = self._look(caption)
+            elif caption and self.thinking:
+                row = self._think(caption)
+            if row is not None and not (self.thinking and self.thinking[2] == "reencode"):
                 found[caption] = self._cached[caption] = row
                 self._cached_bytes += row.nbytes
             else:
@@ -476,23 +528,24 @@ def load_llm(
     def load(local_files_only: bool):
         options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only, "revision": revision}
         try:
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
-            return model, AutoTokenizer.from_pretrained(where, **options)
+            sees = type(AutoConfig.from_pretrained(where, **options)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            return kind, kind.from_pretrained(where, dtype=dtype, **options), AutoTokenizer.from_pretrained(where, **options)
         except (ValueError, KeyError, ImportError, SafetensorError, RuntimeError) as error:
             raise cannot(error) from None
 
     try:
-        model, tokenizer = load(local_files_only=True)  # no network at all where nothing has to be fetched
+        kind, model, tokenizer = load(local_files_only=True)  # no network at all where nothing has to be fetched
     except OSError as error:
         if Path(where).is_dir():
             raise cannot(error) from None
         if why := ask_hub(name):
             ways = f"a local folder, a .gguf file, or {', '.join(BUILT_IN)}"
             raise ValueError(f"--llm {name}: {why}; other ways: {ways}") from None
-        model, tokenizer = load(local_files_only=False)
+        kind, model, tokenizer = load(local_files_only=False)
     if random_seed is not None:
         torch.manual_seed(random_seed)
-        model = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = kind.from_config(model.config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         for weight in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
             weight.data = weight.data.to(dtype)
     return FrozenLLM(model.to(device), tokenizer, name, cache_mb)
@@ -739,6 +792,7 @@ def describe(llm: FrozenLLM) -> str:
                      if turning[-1] else "not rotary: the picture's keys are not turned",
         "limits": f"{llm.max_tokens} tokens" if llm.max_tokens < 10**9 - 1 else "none known",
         "cache": f"{token_bytes / 1e3:.1f} kB per token, all layers",
+        "pictures": "read too (--image)" if hasattr(llm.model.config, "vision_config") else "not read",
         "tokenizer": f"the empty prompt has {empty} tokens; chat template: {'yes' if llm.tokenizer.chat_template else 'no'}",
     }  # fmt: skip
     return "\n".join(f"{name:<12}{line}" for name, line in lines.items())

@@ -270,6 +270,13 @@ def thinking_of(llm: FrozenLLM, args: argparse.Namespace) -> list | None:
     return [llm.chat(frame) if llm.tokenizer.chat_template else frame, args.think or 48, shown]
 
 
+def open_picture(path: str) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--image {path} does not decode: {error}") from None
+
+
 def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
     """Name, text and record of each prompt: a file with a prompt a line; .jsonl or .json with objects that have "prompt"
     (GenEval, WISE); a folder of .txt files with a prompt each (DPG-Bench). ValueError if it is none of these."""
@@ -326,9 +333,14 @@ def main() -> None:
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
+    parser.add_argument(
+        "--image", metavar="FILE", help="a picture to start from: a vision-language model sees it before the prompt"
+    )
     add_thinking(parser)
     args = parser.parse_args()
 
+    if args.image and (args.think or args.rewrite):
+        raise ValueError("--image does not go with --think or --rewrite: leave one out")
     listed = read_prompts(Path(args.prompts)) if args.prompts else []
     prompts = args.prompt + [text for _, text, _ in listed]
     if not prompts:
@@ -351,6 +363,8 @@ def main() -> None:
     seeds = [args.seed + k for k in range(args.n)]
     if thinking := thinking_of(llm, args):
         llm.think(*thinking)
+    if args.image:
+        llm.look(open_picture(args.image))
     texts = [prompt for prompt in prompts for _ in seeds]
     pictures = draw(expert, llm, texts, seeds * len(prompts), args.steps, args.guidance,
                     tuple(args.guidance_interval), args.renorm, args.batch_size)  # fmt: skip
