@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 import sample
 from conftest import CPU, SMALL, random_expert, save_tiny_llm
-from model import load_llm
+from model import FrozenLLM, load_llm
 
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14)
 TEXT = SMALL | {"vocab_size": 320, "max_position_embeddings": 96}
@@ -103,6 +103,44 @@ def test_drawing_after_a_picture(vlm_folder, tmp_path, monkeypatch, capsys):
         sample.main()
         drawn.append(np.asarray(Image.open(tmp_path / name / "000-a-star-seed0.png")).astype(int))
     assert abs(drawn[0] - drawn[1]).max() > 0, "the picture before the prompt reaches the picture after it"
+
+
+class PicturesOnly(transformers.Qwen2VLProcessor):
+    """Qwen2-VL's own processor without its part for videos, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, name, argument):
+        return argument
+
+
+def test_a_picture_may_take_fewer_positions_than_tokens(tmp_path):
+    """Qwen2-VL's M-RoPE: 16 tokens of a picture move the text by 4 places. What is drawn stands at the place after the text."""
+    tokens = {"image_token": "<pad>", "video_token": "<video>", "start": "<see>", "end": "</see>"}
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_llm("qwen2", tmp_path / "text"), extra_special_tokens=tokens)
+    pad, video, start, end = (tokenizer.convert_tokens_to_ids(token) for token in tokens.values())
+    text = TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+    vision = {"depth": 2, "embed_dim": 32, "num_heads": 4, "hidden_size": 32, "mlp_ratio": 2, "patch_size": 14}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=pad, video_token_id=video,
+                                        vision_start_token_id=start, vision_end_token_id=end)  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config).float()
+    llm = FrozenLLM(model, tokenizer, "qwen2-vl")
+    assert [2 * len(rotary.frequencies) for rotary in llm.rotary] == [8] * 3
+    llm.processor = PicturesOnly(transformers.Qwen2VLImageProcessor(min_pixels=112**2, max_pixels=112**2), tokenizer)
+    llm.processor.chat_template = (
+        "{% for part in messages[0].content %}{% if part.type == 'image' %}<see><pad></see>{% else %}{{ part.text }}"
+        "{% endif %}{% endfor %}"
+    )
+    llm.look(Image.new("RGB", (112, 112), "red"))
+    row = llm.lookup(["a red circle"])["a red circle"]
+    words = len(tokenizer("a red circle").input_ids)
+    assert len(row) == 16 + 2 + words and model.base_model.rope_deltas.item() == 4 - 16
+    keys = row[:, : llm.kept[0].kv_heads * llm.kept[0].key_width].unflatten(-1, (llm.kept[0].kv_heads, -1))
+    inputs = llm.processor(text=["<see><pad></see>a red circle"], images=[llm.picture], return_tensors="pt")
+    with torch.no_grad():
+        cache = model.base_model(**inputs, use_cache=True, past_key_values=transformers.DynamicCache()).past_key_values
+    last_place = 1 + 4 + 1 + words - 1  # <see>, the picture, </see>, the words
+    expected = llm.rotary[0](cache.layers[0].keys[:, :, -1:], torch.tensor([-(last_place + 1)]))[0, :, 0]
+    assert (keys[-1] - expected).abs().max() < 1e-5
 
 
 def test_bad_pictures_are_refused(tiny_llm, tmp_path):
