@@ -13,6 +13,7 @@ grouped queries), Dk and Dv head widths. Everything is (B, heads, tokens, head_w
 """
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -86,3 +87,41 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
     cos, sin = angle.cos().to(x.dtype)[:, None, None], angle.sin().to(x.dtype)[:, None, None]  # (B, 1, 1, R/2)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+@dataclass
+class Rotary:
+    """How one layer's keys turn with the position: by `frequencies` (R/2,), in radians per token, in the dimensions that
+    `order` (Dk,) brings to the front, half-split as `rotate` has them. R = 0 where they do not turn."""
+
+    frequencies: Tensor
+    order: Tensor
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x (B, heads, tokens, Dk), turned forward by positions (B,)."""
+        if not len(self.frequencies):
+            return x
+        return rotate(x[..., self.order], positions[:, None] * self.frequencies)[..., self.order.argsort()]
+
+
+def find_rotary(here: Tensor, moved: Tensor, shift: int, known: list[Tensor]) -> Rotary:
+    """How a layer's keys (B, G, T, Dk) turn, from what they are `here` and with the text `moved` on by `shift` positions: where
+    positions are relative, nothing else changes.
+
+    Every layout that models have is tried with the `known` frequencies: Llama's halves and GPT-J's pairs, at the front or
+    (latent attention) at the end of the width, either way round. Where none explains half of the change (absolute positions,
+    ALiBi), or nothing changes, the layer has no rotation.
+    """
+    width, device = here.shape[-1], here.device
+    best = Rotary(torch.zeros(0, device=device), torch.arange(width, device=device))
+    least, positions = 0.5 * (here - moved).norm(), torch.full((len(here),), shift, device=device)
+    for frequencies in (f for f in known if 0 < 2 * len(f) <= width):
+        turning = torch.arange(2 * len(frequencies), device=device)
+        for layout in (turning, torch.cat([turning[::2], turning[1::2]])):
+            for start in {0, width - len(turning)}:
+                rest = [i for i in range(width) if not start <= i < start + len(turning)]
+                order = torch.cat([layout + start, torch.tensor(rest, dtype=torch.long, device=device)])
+                for candidate in (Rotary(frequencies, order), Rotary(-frequencies, order)):
+                    if (error := (candidate(here, positions) - moved).norm()) < least:
+                        best, least = candidate, error
+    return best

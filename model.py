@@ -37,7 +37,7 @@ from transformers import (
     DynamicCache,
 )
 
-from attention import hybrid_mask, joint_attention, joint_attention_definition, rotate, text_mask
+from attention import Rotary, find_rotary, hybrid_mask, joint_attention, joint_attention_definition, text_mask
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what one tower hands to the other
@@ -90,7 +90,7 @@ GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 ROWS, BUCKET = 32, 4  # captions are encoded 32 at a time, padded to a multiple of 4 tokens: see FrozenLLM._encode
 
 
-SHIFT = 7  # positions by which a text is moved, to see how keys turn: see FrozenLLM._rotary
+SHIFT = 7  # positions by which a text is moved, to see how keys turn
 
 
 class Enough(Exception):
@@ -112,21 +112,6 @@ class CacheUpTo(DynamicCache):
         if layer_idx >= self.last:
             raise Enough
         return everything
-
-
-@dataclass
-class Rotary:
-    """How one layer's keys turn with the position: by `frequencies` (R/2,), in radians per token, in the dimensions that
-    `order` (Dk,) brings to the front, half-split as `rotate` has them. R = 0 where they do not turn."""
-
-    frequencies: Tensor
-    order: Tensor
-
-    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (B, heads, tokens, Dk), turned forward by positions (B,)."""
-        if not len(self.frequencies):
-            return x
-        return rotate(x[..., self.order], positions[:, None] * self.frequencies)[..., self.order.argsort()]
 
 
 class FrozenLLM:
@@ -194,7 +179,9 @@ class FrozenLLM:
             moved = states(position_ids=torch.arange(SHIFT, SHIFT + ids.shape[1], device=self.device).expand_as(ids))
         except (TypeError, ValueError, RuntimeError, IndexError):
             moved = found  # a model that takes no positions
-        return layers, list(found), [self._rotary(found[i][0].float(), moved[i][0].float()) for i in found]
+        known = self._frequencies()
+        rotary = [find_rotary(found[i][0].float(), moved[i][0].float(), SHIFT, known) for i in found]
+        return layers, list(found), rotary
 
     def _states(self, layer) -> tuple[Tensor, Tensor]:
         """Keys (B, G, T, Dk) and values (B, G, T, Dv) of a cache's layer. Latent attention (DeepSeek-V2, section 2.1) keeps one
@@ -205,29 +192,13 @@ class FrozenLLM:
             return torch.cat([layer.keys, layer.values], dim=-1), layer.keys
         return layer.keys, layer.values
 
-    def _rotary(self, here: Tensor, moved: Tensor) -> Rotary:
-        """How a layer's keys (B, G, T, Dk) turn, from what they are `here` and with the text `moved` on by SHIFT positions:
-        where positions are relative, nothing else changes. Every layout that models have is tried with the model's own
-        frequencies: Llama's halves and GPT-J's pairs, at the front or (latent attention) at the end of the width, either way
-        round. Where none explains half of the change (absolute positions, ALiBi), the layer has no rotation.
-        """
-        width, device, config = here.shape[-1], self.device, self.model.config.get_text_config()
-        none = Rotary(torch.zeros(0, device=device), torch.arange(width, device=device))
-        known = [b.float().reshape(-1) for name, b in self.model.base_model.named_buffers() if name.endswith("inv_freq")]
-        if not known and (turning := getattr(config, "rotary_dim", None)):  # GPT-J keeps a table instead
-            known = [10_000 ** (-torch.arange(0, turning, 2, device=device) / turning)]  # RoFormer, section 3.2.2
-        positions = torch.full((len(here),), SHIFT, device=device)
-        best, least = none, 0.5 * (here - moved).norm()
-        for frequencies in (f for f in known if 0 < 2 * len(f) <= width):
-            turning = torch.arange(2 * len(frequencies), device=device)
-            for layout in (turning, torch.cat([turning[::2], turning[1::2]])):
-                for start in {0, width - len(turning)}:
-                    rest = [i for i in range(width) if not start <= i < start + len(turning)]
-                    order = torch.cat([layout + start, torch.tensor(rest, dtype=torch.long, device=device)])
-                    for candidate in (Rotary(frequencies, order), Rotary(-frequencies, order)):
-                        if (error := (candidate(here, positions) - moved).norm()) < least:
-                            best, least = candidate, error
-        return best
+    def _frequencies(self) -> list[Tensor]:
+        """The rotary frequencies that the model has, each (R/2,); GPT-J keeps a table instead, of RoFormer's."""
+        buffers = self.model.base_model.named_buffers()
+        found = [b.float().reshape(-1) for name, b in buffers if name.endswith("inv_freq")]
+        if not found and (turning := getattr(self.model.config.get_text_config(), "rotary_dim", None)):
+            found = [10_000 ** (-torch.arange(0, turning, 2, device=self.device) / turning)]  # RoFormer, section 3.2.2
+        return found
 
     def keep(self, indices) -> None:
         """Hand over only these attention layers (the expert's own), in this order. Empties the cache."""
