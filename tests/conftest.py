@@ -73,6 +73,15 @@ def save_tiny_llm(kind: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def save_tiny_instruct_llm(folder: Path) -> Path:
+    """The same with a chat template, of Llama's kind: BOS first, in the template too."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(save_tiny_llm("llama", folder))
+    said = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    tokenizer.chat_template = "{{ bos_token }}" + said + "{% if add_generation_prompt %}<say>{% endif %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def llm_folder(tmp_path_factory):
     """kind -> the folder of a tiny LLM, made once."""

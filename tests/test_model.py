@@ -1,14 +1,13 @@
 """The LLM stays frozen and reads each caption once; experts save, load, and refuse what is not theirs."""
 
 import json
-import shutil
 from argparse import Namespace
 
 import pytest
 import torch
 import transformers
 
-from conftest import CPU, DECODERS, random_expert, save_tiny_llm
+from conftest import CPU, DECODERS, random_expert, save_tiny_instruct_llm, save_tiny_llm
 from model import (
     CACHE_FOLDER,
     ROWS,
@@ -311,15 +310,11 @@ def test_what_is_drawn_after_thinking(tiny_llm, tmp_path):
         llm.think(*thinking_of(llm, Namespace(**options | {"think": 6})))
 
 
-def test_chat(llm_folder, tmp_path):
+def test_chat(tiny_llm, tmp_path):
     """The model's own chat template around the caption; a model without one is refused."""
-    shutil.copytree(llm_folder("llama"), tmp_path / "instruct")
-    plain = load_llm(str(tmp_path / "instruct"), CPU, torch.float32)
     with pytest.raises(ValueError, match="has no chat template; expected an instruct model"):
-        plain.chat()
-    said = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    plain.tokenizer.chat_template = "{{ bos_token }}" + said + "{% if add_generation_prompt %}<say>{% endif %}"
-    plain.tokenizer.save_pretrained(tmp_path / "instruct")
+        tiny_llm("llama").chat()
+    save_tiny_instruct_llm(tmp_path / "instruct")
     llm = load_llm(str(tmp_path / "instruct"), CPU, torch.float32)
     assert llm.chat("draw {}") == "<user>draw {}\n<say>"
     llm.read(llm.chat("draw {}"), "after")

@@ -6,12 +6,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_pictures import save_tiny_vlm
 
-from conftest import CPU, save_tiny_llm
+from conftest import CPU, save_tiny_instruct_llm, save_tiny_llm
 from sample import load_expert
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +22,7 @@ COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.s
 SHORT = {  # flags that make a command short; given last, they win
     "train.py": "--steps 2 --batch-size 8 --width 32 --depth 2",
     "train.py --resume": "--steps 3",
+    "train.py --expert": "--steps 2 --batch-size 4",
     "sample.py": "--steps 2",
     "evaluate.py": "--steps 1 --limit 1",
 }
@@ -38,10 +41,17 @@ def workplace(tmp_path_factory) -> Path:
     (place / "my-pictures" / "a.txt").write_text("a red field")
     (place / "prompts.txt").write_text("a red circle\n")
     (place / "evaluation_metadata.jsonl").write_text('{"tag": "colors", "prompt": "a photo of a red star"}\n')
-    cached = place / "hub" / "models--Qwen--Qwen2.5-0.5B"
-    save_tiny_llm("qwen2", cached / "snapshots" / ("0" * 40))
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("0" * 40)
+    Image.new("RGB", (40, 40), "blue").save(place / "photo.png")
+    downloads = {
+        "Qwen--Qwen2.5-0.5B": partial(save_tiny_llm, "qwen2"),
+        "Qwen--Qwen2.5-0.5B-Instruct": save_tiny_instruct_llm,
+        "llava-hf--llava-interleave-qwen-0.5b-hf": partial(save_tiny_vlm, "llava"),
+    }
+    for name, save in downloads.items():
+        cached = place / "hub" / f"models--{name}"
+        save(cached / "snapshots" / ("0" * 40))
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("0" * 40)
     return place
 
 
@@ -60,7 +70,8 @@ def test_the_readme_has_the_commands_that_were_asked_for():
 def test_command(command, workplace):
     """In the order of the README: a later command may use what an earlier one has made."""
     words = shlex.split(command)
-    short = SHORT.get(f"{words[1]} --resume" if "--resume" in words else words[1], "")
+    kind = next((flag for flag in ("--resume", "--expert") if flag in words), "")
+    short = SHORT.get(f"{words[1]} {kind}".strip(), "")
     environment = os.environ | {"HF_HUB_CACHE": str(workplace / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, *words[1:], *short.split()], cwd=workplace, env=environment, capture_output=True,
                           text=True, timeout=300)  # fmt: skip
@@ -68,7 +79,8 @@ def test_command(command, workplace):
     assert "Traceback" not in done.stderr
     if words[1] == "train.py":
         made = Path(re.search(r"^data .*; run (\S+?),?( |$)", done.stdout, re.MULTILINE).group(1))
-        assert load_expert(str(workplace / made), CPU).made_for["llm"]
+        made_for = load_expert(str(workplace / made), CPU).made_for
+        assert made_for["llm"] and made_for["llm_revision"] == ("0" * 40 if "--llm" in words else None)
         assert list((workplace / made).glob("samples-*.png"))
     if words[1] == "sample.py" and "--layout" not in words:
         files = [line for line in done.stdout.splitlines()[1:] if " -> " not in line]  # what the LLM wrote has an arrow
