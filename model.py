@@ -37,7 +37,7 @@ from transformers import (
     DynamicCache,
 )
 
-from attention import Rotary, find_rotary, hybrid_mask, joint_attention, joint_attention_definition, text_mask
+from attention import Rotary, find_rotary, hybrid_mask, joint_attention, joint_attention_definition
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what one tower hands to the other
@@ -723,10 +723,9 @@ class ImageExpert(Tower):
     def forward(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
         """predict(x_t, t, context) -> v: x_t (B, C, height, width), t (B,) in [0, 1]."""
         img, modulations, last = self.begin(x_t, t)
-        mask = text_mask(context.lengths, context.keys[0].shape[2], img.shape[1])
         for block, m, txt_k, txt_v in zip(self.blocks, modulations, context.keys, context.values):
             img_q, img_k, img_v = block.project(img, m)
-            attended = joint_attention(img_q, img_k, img_v, txt_k, txt_v, mask)  # (B, H, N, Dv)
+            attended = joint_attention(img_q, img_k, img_v, txt_k, txt_v, context.lengths)  # (B, H, N, Dv)
             img = block.finish(img, attended, m)
         return self.end(img, last, x_t, t)
 
