@@ -37,7 +37,7 @@ from transformers import (
     DynamicCache,
 )
 
-from attention import Rotary, find_rotary, hybrid_mask, joint_attention, joint_attention_definition
+from attention import Rotary, find_rotary, joint_attention
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what one tower hands to the other
@@ -788,54 +788,6 @@ def text_layers(llm: FrozenLLM, depth: int, part: str = "all") -> list[dict]:
     window = available if part == "all" else max(depth, available // 2)
     start = {"all": 0, "lower": 0, "middle": (available - window) // 2, "upper": available - window}[part]
     return [asdict(llm.layers[start + (i + 1) * window // depth - 1]) for i in range(depth)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the plain joint forward: what the cache saves us from, and what it is proved equal to
-
-
-@torch.no_grad()
-def joint_forward(llm: FrozenLLM, expert: ImageExpert, x_t: Tensor, t: Tensor, captions: list[str]) -> Tensor:
-    """Mixture-of-Transformers as it is defined: both towers in lockstep, one softmax a layer over [text; image].
-
-    The LLM runs over the captions with its attention replaced by the joint one; whenever it reaches a layer that the expert
-    reads, the image tower takes its step of that layer too. For LLMs whose attention is a plain softmax.
-    """
-    ids = [torch.tensor(llm.tokenize(caption), dtype=torch.long) for caption in captions]
-    txt_ids = pad_sequence(ids, batch_first=True).to(llm.device)  # (B, T)
-    lengths = torch.tensor([len(row) for row in ids], device=llm.device)
-    img, modulations, last = expert.begin(x_t, t)
-    T, N = txt_ids.shape[1], img.shape[1]
-    mask = hybrid_mask(lengths, T, N)
-    hidden = torch.tensor([llm.hidden(len(row)) for row in ids], device=llm.device)
-    img_mask = mask[:, :, T:] & (torch.arange(T + N, device=llm.device) >= hidden[:, None, None, None])
-    tower = {}  # layer of the LLM -> the blocks that read it
-    for block, m in zip(expert.blocks, modulations):
-        tower.setdefault(llm.cache_index[block.layer.index], []).append((block, m))
-
-    def attend(module, txt_q, txt_k, txt_v, attention_mask, scaling=None, **_):
-        nonlocal img
-        txt_q = txt_q * (scaling if scaling is not None else txt_q.shape[-1] ** -0.5)
-        joint_k, joint_v = txt_k, txt_v
-        for block, m in tower.get(module.layer_idx, []):
-            img_q, img_k, img_v = block.project(img, m)
-            rotary = llm.rotary[block.layer.index]
-            img_q, img_k = rotary(img_q * img_q.shape[-1] ** -0.5, lengths), rotary(img_k, lengths)  # the place after the text
-            joint_k = torch.cat([txt_k, img_k], dim=2)  # (B, G, T+N, Dk)
-            joint_v = torch.cat([txt_v, img_v], dim=2)  # (B, G, T+N, Dv)
-            img = block.finish(img, joint_attention_definition(img_q, joint_k, joint_v, img_mask), m)
-        # the text's rows of the same softmax; a call of its own because the towers may differ in their number of query heads
-        txt_out = joint_attention_definition(txt_q, joint_k, joint_v, mask[:, :, :T, : joint_k.shape[2]])
-        return txt_out.transpose(1, 2), None
-
-    before = llm.model.config._attn_implementation
-    transformers.AttentionInterface.register("joint", attend)
-    try:
-        llm.model.set_attn_implementation("joint")
-        llm.model.base_model(input_ids=txt_ids, use_cache=False)
-    finally:
-        llm.model.set_attn_implementation(before)
-    return expert.end(img, last, x_t, t)
 
 
 def main() -> None:

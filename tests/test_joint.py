@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from attention import hybrid_mask, joint_attention, joint_attention_definition
+from bench import joint_forward
 from conftest import CPU, DECODERS, random_expert
-from model import RMSNorm, joint_forward, load_llm
+from model import RMSNorm, load_llm
 
 CAPTIONS = ["a red circle", "", "the heart is to the left of the gold ring", "three small teal stars"]
 

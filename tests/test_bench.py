@@ -1,0 +1,48 @@
+"""bench.py measures what it says: every section runs, on a tiny LLM, and its numbers hang together."""
+
+import json
+import time
+
+import pytest
+import torch
+
+import bench
+from conftest import CPU
+
+
+def test_every_section_runs(llm_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench.py", "--llm", str(llm_folder("qwen2")), "--seconds", "0.001", "--device", "cpu",
+                                     "--mirror", "--out", str(tmp_path / "bench.json")])  # fmt: skip
+    bench.main()
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert list(results) == ["machine", *bench.SECTIONS] and results["machine"]["matmul peak TFLOP/s"] > 0
+    for name in bench.SECTIONS:
+        assert results[name] and all(value > 0 for row in results[name] for value in row.values() if isinstance(value, float))
+    assert {row["way"] for row in results["attention"]} == {"definition", "sdpa"}
+    assert all(row["sdpa / this"] == 1 for row in results["attention"] if row["way"] == "sdpa")
+    assert {row["expert"] for row in results["train"]} == {"tiny", "mirror"}
+    assert "of the time in matrix products and attention" in capsys.readouterr().out
+
+
+def test_timing_is_paired_and_a_median():
+    ran = []
+    result = bench.timed({"a": lambda: ran.append("a"), "b": lambda: (ran.append("b"), time.sleep(0.01))}, CPU, 0.05)
+    assert "".join(ran[4:]).replace("ab", "") == "", "after the warm-up every round runs each once"
+    assert 10 <= result["b"]["ms"] < 100 and result["a"]["ms"] < 1
+
+
+def test_a_context_without_the_cache_is_the_same(tiny_llm):
+    llm = tiny_llm("gemma3")
+    llm.keep([0, 2])
+    captions = ["a red circle", "three small teal stars", "a red circle"]
+    cached, fresh = llm.context(captions), bench.fresh_context(llm, captions)
+    assert torch.equal(cached.lengths, fresh.lengths)
+    for ours, theirs in zip([*fresh.keys, *fresh.values], [*cached.keys, *cached.values]):
+        for i, n in enumerate(cached.lengths):
+            assert (ours[i, :, :n] - theirs[i, :, :n]).abs().max() < 1e-5
+
+
+def test_unknown_sections_are_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench.py", "speed"])
+    with pytest.raises(ValueError, match="speed: expected some of attention, train, sample, llm"):
+        bench.main()
