@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download, model_info
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download, model_info, try_to_load_from_cache
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -124,10 +124,10 @@ class FrozenLLM:
     `revision`: the commit of its Hub repository, None for a local model.
     """
 
-    def __init__(self, model, tokenizer, name: str, cache_mb: float = 512):
+    def __init__(self, model, tokenizer, name: str, cache_mb: float = 512, revision: str | None = None):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.device, self.dtype = model.device, model.dtype
-        self.fingerprint, self.revision = fingerprint(model), getattr(model.config, "_commit_hash", None)
+        self.fingerprint, self.revision = fingerprint(model), revision
         self.processor, self.seconds = None, 0.0
         self._cached: OrderedDict[str, Tensor] = OrderedDict()  # caption -> (T, W): all kept layers side by side
         self._cached_bytes, self._cache_limit = 0, int(cache_mb * 1e6)
@@ -150,11 +150,8 @@ class FrozenLLM:
 
     def _probe(self) -> tuple[list[TextLayer], list[int], list[Rotary]]:
         """Find the attention layers, check that the model is causal, find how its keys turn."""
-        kind, found, why = (
-            type(self.model).__name__,
-            {},
-            "an encoder such as BERT and a state-space model such as Mamba have none",
-        )
+        kind, found = type(self.model).__name__, {}
+        why = "an encoder such as BERT and a state-space model such as Mamba have none"
         ids = torch.arange(3, 11, device=self.device).repeat(2, 1)
         ids[1, -1] = 3
 
@@ -519,7 +516,11 @@ def load_llm(
         model = kind.from_config(model.config, dtype=torch.float32, trust_remote_code=trust_remote_code)
         for weight in model.parameters():  # not model.to(dtype), which would round the rotary frequencies too
             weight.data = weight.data.to(dtype)
-    return FrozenLLM(model.to(device), tokenizer, name, cache_mb)
+    config = None if Path(where).exists() else try_to_load_from_cache(name, "config.json", revision=revision)
+    commit = (
+        Path(config).parent.name if isinstance(config, str) else None
+    )  # the Hub's client keeps snapshots/COMMIT/config.json
+    return FrozenLLM(model.to(device), tokenizer, name, cache_mb, commit)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--emoji-variants", action="store_true", help="--data emoji with skin tones, flags and other sequences")
     add(
         "--out",
-        help="folder of the run (default: runs/, the name of the data and, if another is asked for, of the LLM)",
+        help="folder of the run (default: runs/, the name of the data and, if another is asked for, of the LLM and expert)",
     )
     add("--resume", action="store_true", help="go on with the run in --out, with its settings")
     add("--steps", type=positive(int), default=3200, help="optimizer steps")
@@ -118,7 +118,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     parser.set_defaults(**(stored or {}))
     args = parser.parse_args(argv)
     of_llm = "" if args.llm == parser.get_default("llm") else f"-{Path(args.llm).name}"
-    of_llm += "-random-llm" if args.random_llm else ""
+    of_llm += ("-random-llm" if args.random_llm else "") + ("-mirror" if args.expert == "mirror" else "")
     args.out = args.out or f"runs/{Path(args.data).name}{of_llm}"
     if args.batch_size % args.draws:
         raise ValueError(f"--batch-size {args.batch_size} does not divide by --draws {args.draws}")

@@ -22,9 +22,10 @@ COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.s
 SHORT = {  # flags that make a command short; given last, they win
     "train.py": "--steps 2 --batch-size 8 --width 32 --depth 2",
     "train.py --resume": "--steps 3",
-    "train.py --expert": "--steps 2 --batch-size 4",
+    "train.py --expert": "--steps 1 --batch-size 4",
     "sample.py": "--steps 2",
     "evaluate.py": "--steps 1 --limit 1",
+    "bench.py": "llm --seconds 0.01",
 }
 
 
