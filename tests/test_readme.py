@@ -25,7 +25,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "train.py --expert": "--steps 1 --batch-size 4",
     "sample.py": "--steps 2",
     "evaluate.py": "--steps 1 --limit 1",
-    "bench.py": "llm --seconds 0.01",
+    "bench.py": "attention --seconds 0.001",
 }
 
 
