@@ -207,11 +207,7 @@ def fresh_context(llm: FrozenLLM, captions: list[str]) -> Context:
     lengths = torch.tensor([len(row) for row in ids], device=llm.device)
     with torch.no_grad():
         cache = llm._run(pad_sequence(ids, batch_first=True).to(llm.device), max(llm.cache_index[x.index] for x in llm.kept))
-        packed = llm._pack(cache, lengths)
-    parts = packed.split(llm._widths, dim=-1)
-    heads = [x.unflatten(-1, (layer.kv_heads, -1)).transpose(1, 2)
-             for layer, pair in zip(llm.kept, zip(parts[::2], parts[1::2])) for x in pair]  # fmt: skip
-    return Context(heads[::2], heads[1::2], lengths)
+        return llm._unpack(llm._pack(cache, lengths), lengths)
 
 
 def training_run(args, *flags: str) -> train.Run:

@@ -398,7 +398,10 @@ class FrozenLLM:
         packed = pad_sequence(list(found.values()), batch_first=True)  # (unique captions, T, W)
         T = -(-packed.shape[1] // BUCKET) * BUCKET  # few distinct shapes: kinder to compilers
         rows = torch.tensor([place[caption] for caption in captions], device=self.device)
-        packed, lengths = F.pad(packed, (0, 0, 0, T - packed.shape[1]))[rows], lengths[rows]
+        return self._unpack(F.pad(packed, (0, 0, 0, T - packed.shape[1]))[rows], lengths[rows])
+
+    def _unpack(self, packed: Tensor, lengths: Tensor) -> Context:
+        """The inverse of _pack: (B, T, W) -> the kept layers, each with its heads."""
         parts = packed.split(self._widths, dim=-1)
         heads = [x.unflatten(-1, (layer.kv_heads, -1)).transpose(1, 2)
                  for layer, pair in zip(self.kept, zip(parts[::2], parts[1::2])) for x in pair]  # fmt: skip

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_families import FAMILIES, MORE, NOT_BUILT, REFUSED, Letters, listed, tiny_model
+import transformers
+from test_families import FAMILIES, LISTED_WITH, MORE, NOT_BUILT, REFUSED, Letters, listed, tiny_model
 
 import train
 from bridges import MirrorTower
@@ -117,6 +118,8 @@ def test_families():
     mirrored = {family for family, error in refused.items() if error is None}
     print(*(error for error in refused.values() if error), sep="\n")
     assert len(mirrored) >= 80, sorted(mirrored)
+    if transformers.__version__.startswith(LISTED_WITH):  # what README says
+        assert len(mirrored) == 90
     assert {"llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "cohere2", "olmo2", "smollm3", "stablelm",
             "granite", "falcon", "gpt2", "gpt_neox", "phi"} <= mirrored  # fmt: skip
     for family, why in {"gpt_neo": "stays causal", "mpt": "padding changes the picture", "jamba": "in every layer"}.items():
