@@ -154,6 +154,26 @@ def test_one_batch_is_overfitted(tiny_run):
     assert last < 0.1 * first, f"from {first:.3f} to {last:.3f}"
 
 
+@pytest.mark.parametrize("flags, shown", [(["--rewrite"], "written"), (["--rewrite", "reencode"], "reencode"),
+                                          (["--think", "4"], "all")])  # fmt: skip
+def test_training_on_what_the_llm_writes(flags, shown, tiny_run, tmp_path):
+    """It is part of the checkpoint: resumed and drawn from, the LLM writes as in training."""
+    frame = tmp_path / "frame.txt"
+    frame.write_text("red => blue\n{} =>\n")
+    run = start(*tiny_run, "--steps", 2, *flags, "--frame", frame)
+    steps(run, 1)
+    captions, _ = next(train.batches(run.source, run.llm, 8, run.args.draws, 0))
+    assert set(captions) <= set(run.llm.written), "every caption was written about"
+    train.save_run(run)
+    frame.unlink()  # it stands in the checkpoint
+    train.main(["--resume", "--out", run.args.out])
+    expert = load_expert(run.args.out, CPU)
+    llm = sample.llm_of(expert, None, CPU, torch.float32)
+    assert llm.thinking == expert.made_for["thinking"] == ["red => blue\n{} =>", run.args.think or 48, shown]
+    row, trained_on = (x.lookup(captions)[captions[0]] for x in (llm, run.llm))
+    assert torch.equal(row, trained_on)
+
+
 def test_training_on_a_folder(tiny_run, tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()
