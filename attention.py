@@ -68,6 +68,7 @@ def joint_attention(
     JOINT_ATTENTION, or Triton on a GPU where there is one and no head is wider than 256, and SDPA otherwise.
     """
     fits = triton is not None and img_q.is_cuda and max(img_q.shape[-1], img_v.shape[-1]) <= 256
+    fits = fits and img_q.shape[2] == img_k.shape[2]
     if (backend or os.environ.get("JOINT_ATTENTION") or ("triton" if fits else "sdpa")) == "triton":
         return fused_attention(img_q, img_k, img_v, txt_k.to(img_k.dtype), txt_v.to(img_v.dtype), lengths)[0]
     B, H, N, _ = img_q.shape
@@ -75,7 +76,7 @@ def joint_attention(
     joint_k = torch.cat([txt_k.to(img_k.dtype), img_k], dim=2)  # (B, G, T+N, Dk)
     joint_v = torch.cat([txt_v.to(img_v.dtype), img_v], dim=2)  # (B, G, T+N, Dv)
     img_q = img_q.reshape(B, G, H // G * N, -1)  # grouped queries are just more rows that ask the same keys
-    mask = text_mask(lengths, txt_k.shape[2], N)
+    mask = text_mask(lengths, txt_k.shape[2], img_k.shape[2])
     if img_q.device.type == "cpu" and torch.is_grad_enabled():
         out = matrix_products(img_q, joint_k, joint_v, mask)
     else:

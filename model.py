@@ -14,9 +14,12 @@ import tempfile
 import time
 import warnings
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +32,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForTextEncoding,
     AutoProcessor,
     AutoTokenizer,
     DynamicCache,
@@ -52,24 +57,39 @@ class Context:
     Where an LLM has rotary positions, all image tokens stand at the one after the caption (as in BAGEL). Attention sees only
     differences of positions, so instead of turning every image query and key forward by the caption's length, at every layer
     of every step, the text keys are turned back by it, once: the image stands at the origin and needs no rotation.
+
+    Other bridges than shared attention (bridges.py) ask for other things: hidden[i] (B, T, d), the LLM's hidden states of the
+    layers that are kept; tokens (B, T), the token ids; text (B, T, D), what a bridge has made of all that (see Tower.prepare).
+    distinct: the same for every caption once, and the row in it of each of the B.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     lengths: Tensor
+    hidden: list[Tensor] = field(default_factory=list)
+    tokens: Tensor | None = None
+    text: Tensor | None = None
+    distinct: "tuple[Context, Tensor] | None" = None
+
+    def take(self, rows: Tensor) -> "Context":
+        """These rows of the batch."""
+        parts = ([x[rows] for x in xs] for xs in (self.keys, self.values, self.hidden))
+        keys, values, hidden = parts
+        tokens, text = (None if x is None else x[rows] for x in (self.tokens, self.text))
+        return Context(keys, values, self.lengths[rows], hidden, tokens, text)
 
     def concat(self, other: "Context") -> "Context":
         """Both batches as one, padded to the longer: for the two branches of guidance."""
-        T = max(self.keys[0].shape[2], other.keys[0].shape[2])
 
-        def join(a: Tensor, b: Tensor) -> Tensor:
-            return torch.cat([F.pad(x, (0, 0, 0, T - x.shape[2])) for x in (a, b)])
+        def join(a: Tensor, b: Tensor, dim: int) -> Tensor:
+            T = max(a.shape[dim], b.shape[dim])
+            return torch.cat([F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, T - x.shape[dim])) for x in (a, b)])
 
-        return Context(
-            [join(a, b) for a, b in zip(self.keys, other.keys)],
-            [join(a, b) for a, b in zip(self.values, other.values)],
-            torch.cat([self.lengths, other.lengths]),
-        )
+        lists = ((self.keys, other.keys, 2), (self.values, other.values, 2), (self.hidden, other.hidden, 1))
+        keys, values, hidden = ([join(a, b, dim) for a, b in zip(mine, theirs)] for mine, theirs, dim in lists)
+        pairs = ((self.tokens, other.tokens), (self.text, other.text))
+        tokens, text = (None if a is None else join(a, b, 1) for a, b in pairs)
+        return Context(keys, values, torch.cat([self.lengths, other.lengths]), hidden, tokens, text)
 
 
 @dataclass(frozen=True)
@@ -103,7 +123,7 @@ class CacheUpTo(DynamicCache):
 
     def __init__(self, config, last: int = 10**9):
         super().__init__(config=config)
-        self.last = last
+        self.last, self.hidden = last, ()  # hidden: the hidden states (B, T, d), from the embeddings to the last, if asked for
         for layer in self.layers:
             layer.sliding_window = 10**9
 
@@ -145,8 +165,15 @@ class FrozenLLM:
         causal model's valid tokens never see what stands to their right."""
         cache = CacheUpTo(self.model.config, last)
         with suppress(Enough):
-            self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, **more)
+            out = self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, **more)
+            cache.hidden = out.get("hidden_states") or ()
         return cache
+
+    def _read(self, ids: Tensor, lengths: Tensor) -> DynamicCache:
+        """What is kept of token rows (B, T): the layers up to the last one that is, or the hidden states of all."""
+        if self.kept_hidden:
+            return self._run(ids, output_hidden_states=True)
+        return self._run(ids, max(self.cache_index[layer.index] for layer in self.kept))
 
     def _probe(self) -> tuple[list[TextLayer], list[int], list[Rotary]]:
         """Find the attention layers, check that the model is causal, find how its keys turn."""
@@ -197,11 +224,21 @@ class FrozenLLM:
             found = [10_000 ** (-torch.arange(0, turning, 2, device=self.device) / turning)]  # RoFormer, section 3.2.2
         return found
 
-    def keep(self, indices) -> None:
-        """Hand over only these attention layers (the expert's own), in this order. Empties the cache."""
-        self.kept = [self.layers[i] for i in indices]
+    def keep(self, indices, hidden: Sequence[int] = (), tokens: bool = False, turned: bool = True, room: int = 0) -> None:
+        """Hand over only these attention layers (the expert's own), in this order; the hidden states of these places (0 are
+        the embeddings, l those after layer l); the token ids; the keys turned back (see Context), or as the LLM left them.
+        room: positions that stay free after the caption. Empties the cache."""
+        self.kept, self.kept_hidden, self.tokens, self.turned = [self.layers[i] for i in indices], list(hidden), tokens, turned
+        self.room = room
         self._widths = [layer.kv_heads * width for layer in self.kept for width in (layer.key_width, layer.value_width)]
+        self._widths += [self.hidden_widths[i] for i in hidden]
         self._forget()
+
+    @cached_property
+    def hidden_widths(self) -> list[int]:
+        """Of the hidden states: the embeddings' and each layer's."""
+        one = torch.full((1, 1), 3, device=self.device)
+        return [x.shape[-1] for x in self._run(one, output_hidden_states=True).hidden]
 
     def _forget(self) -> None:
         self._cached.clear()
@@ -248,7 +285,7 @@ class FrozenLLM:
         if len(self._frame_start) >= self.max_tokens:
             raise ValueError(f"a frame of {len(self._frame_start)} tokens leaves {self.name} no room to think")
         start = torch.tensor([self._frame_start], device=self.device)
-        self._frame_cache = self._run(start) if self._frame_start else CacheUpTo(self.model.config)
+        self._frame_cache = self._run(start, output_hidden_states=True) if self._frame_start else CacheUpTo(self.model.config)
 
     @torch.no_grad()
     def _think(self, caption: str) -> Tensor:
@@ -272,9 +309,15 @@ class FrozenLLM:
         stop = [] if self.tokenizer.chat_template else [at_line_end]
         prompt = torch.tensor([ids], device=self.device)
         out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, stopping_criteria=stop,
-                                  do_sample=False, num_beams=1, max_new_tokens=min(tokens, room), pad_token_id=0)  # fmt: skip
-        self.written[caption] = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+                                  do_sample=False, num_beams=1, max_new_tokens=min(tokens, room), pad_token_id=0,
+                                  return_dict_in_generate=True, output_hidden_states=bool(self.kept_hidden))  # fmt: skip
+        self.written[caption] = self.tokenizer.decode(out.sequences[0, len(ids) :], skip_special_tokens=True).strip()
         length = cache.get_seq_length()  # all but the last token, which the model has not read
+        if self.kept_hidden:
+            steps = out.hidden_states
+            begun = length - sum(step[0].shape[1] for step in steps)  # tokens that the frame's cache had
+            steps = [[x[:, :begun] for x in self._frame_cache.hidden], *steps] if begun else steps
+            cache.hidden = [torch.cat(parts, 1) for parts in zip(*steps)]
         row = self._pack(cache, torch.tensor([length], device=self.device))[0]
         hidden = len(ids) if show == "written" and length > len(ids) else shared  # nothing written: the prompt
         bos = [0] if self.expose == "all" and ids[0] == self.tokenizer.bos_token_id and hidden else []  # seen in training too
@@ -313,7 +356,7 @@ class FrozenLLM:
         ids = inputs.pop("input_ids")
         if ids.shape[1] > self.max_tokens:
             raise ValueError(f"--image: picture and prompt are {ids.shape[1]} tokens; {self.name} takes {self.max_tokens}")
-        cache = self._run(ids, max(self.cache_index[layer.index] for layer in self.kept), **inputs)
+        cache = self._run(ids, output_hidden_states=bool(self.kept_hidden), **inputs)
         saved = getattr(self.model.base_model, "rope_deltas", None)  # a picture may take fewer positions than tokens (M-RoPE)
         place = torch.tensor([ids.shape[1]], device=self.device) + (0 if saved is None else saved.reshape(-1))
         return self._pack(cache, place)[0, self.hidden(ids.shape[1]) :]
@@ -322,7 +365,7 @@ class FrozenLLM:
 
     def tokenize(self, caption: str) -> list[int]:
         """The caption in its template; where the LLM takes no more tokens, the caption is cut."""
-        ids, room = self.tokenizer(self._before + caption).input_ids, self.max_tokens - len(self._after)
+        ids, room = self.tokenizer(self._before + caption).input_ids, self.max_tokens - len(self._after) - self.room
         if len(ids) > room:
             if not self._warned:
                 warnings.warn(f"a caption of {len(ids)} tokens is cut to the {room} that {self.name} takes", stacklevel=3)
@@ -339,22 +382,23 @@ class FrozenLLM:
         Always the same shape for the same caption, whatever its neighbours: matrix kernels choose their summation order by
         shape, and a caption's keys must come out bit for bit the same after a resume as before.
         """
-        if length == 0:  # the empty prompt of a tokenizer without BOS has no token at all
-            return torch.zeros(ROWS, 0, sum(self._widths), dtype=self.dtype, device=self.device)
+        if length == 0 or not self._widths:  # the empty prompt of a tokenizer without BOS has no token at all
+            return torch.zeros(ROWS, length, sum(self._widths), dtype=self.dtype, device=self.device)
         ids = torch.zeros(ROWS, length, dtype=torch.long)
         for row, tokens in zip(ids, rows):
             row[: len(tokens)] = torch.tensor(tokens)
-        cache = self._run(ids.to(self.device), max(self.cache_index[layer.index] for layer in self.kept))
-        return self._pack(cache, torch.tensor([len(row) for row in rows] + [0] * (ROWS - len(rows)), device=self.device))
+        lengths = torch.tensor([len(row) for row in rows] + [0] * (ROWS - len(rows)), device=self.device)
+        return self._pack(self._read(ids.to(self.device), lengths), lengths)
 
     def _pack(self, cache: DynamicCache, lengths: Tensor) -> Tensor:
-        """The kept layers of a cache, side by side (B, T, W), the keys turned so that the image stands at position 0."""
+        """What is kept of a cache, side by side (B, T, W), the keys turned so that the image stands at position 0."""
         parts = []
         for kept in self.kept:
             keys, values = self._states(cache.layers[self.cache_index[kept.index]])
-            keys = self.rotary[kept.index](keys.float(), -lengths).to(keys.dtype)
+            if self.turned:
+                keys = self.rotary[kept.index](keys.float(), -lengths).to(keys.dtype)
             parts += [x.transpose(1, 2).flatten(2) for x in (keys, values)]  # (ROWS, length, G Dk or G Dv)
-        return torch.cat(parts, dim=-1)
+        return torch.cat([*parts, *(cache.hidden[i] for i in self.kept_hidden)], dim=-1)
 
     def lookup(self, captions: list[str]) -> dict[str, Tensor]:
         """caption -> (T, W) for all of them; the LLM runs over those that are not in the cache, each once."""
@@ -398,14 +442,51 @@ class FrozenLLM:
         packed = pad_sequence(list(found.values()), batch_first=True)  # (unique captions, T, W)
         T = -(-packed.shape[1] // BUCKET) * BUCKET  # few distinct shapes: kinder to compilers
         rows = torch.tensor([place[caption] for caption in captions], device=self.device)
-        return self._unpack(F.pad(packed, (0, 0, 0, T - packed.shape[1]))[rows], lengths[rows])
+        packed = F.pad(packed, (0, 0, 0, T - packed.shape[1]))
+        distinct, context = self._unpack(packed, lengths), self._unpack(packed[rows], lengths[rows])
+        if self.tokens:
+            ids = [self.tokenize(caption) for caption in found]
+            kept = [torch.tensor(row[self.hidden(len(row)) :], dtype=torch.long, device=self.device) for row in ids]
+            kept = pad_sequence(kept, batch_first=True)
+            distinct.tokens = F.pad(kept, (0, T - kept.shape[1]))
+            context.tokens = distinct.tokens[rows]
+        context.distinct = distinct, rows
+        return context
 
     def _unpack(self, packed: Tensor, lengths: Tensor) -> Context:
-        """The inverse of _pack: (B, T, W) -> the kept layers, each with its heads."""
+        """The inverse of _pack: (B, T, W) -> the kept layers, each with its heads, and the hidden states."""
         parts = packed.split(self._widths, dim=-1)
+        states, hidden = parts[: 2 * len(self.kept)], parts[2 * len(self.kept) :]
         heads = [x.unflatten(-1, (layer.kv_heads, -1)).transpose(1, 2)
-                 for layer, pair in zip(self.kept, zip(parts[::2], parts[1::2])) for x in pair]  # fmt: skip
-        return Context(heads[::2], heads[1::2], lengths)
+                 for layer, pair in zip(self.kept, zip(states[::2], states[1::2])) for x in pair]  # fmt: skip
+        return Context(heads[::2], heads[1::2], lengths, list(hidden))
+
+
+class FrozenEncoder(FrozenLLM):
+    """A frozen T5 or BERT: hidden states, but no keys and values that an image could attend to."""
+
+    def __init__(self, model, *args):
+        if hasattr(model, "pooler"):
+            model.pooler = None  # not among the hidden states, and in many a file not there: it would be another at each load
+        super().__init__(model, *args)
+
+    def _probe(self) -> tuple[list, list, list]:
+        return [], [], []
+
+    @torch.no_grad()
+    def _run(self, ids: Tensor, attention_mask: Tensor | None = None, **more) -> SimpleNamespace:
+        """ids (B, T) -> the hidden states, and no keys. What stands to the right of a token is seen: padding needs a mask."""
+        out = self.model(input_ids=ids, attention_mask=attention_mask, output_hidden_states=True)
+        return SimpleNamespace(hidden=out.hidden_states)
+
+    def _read(self, ids: Tensor, lengths: Tensor) -> SimpleNamespace:
+        return self._run(ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None].clamp_min(1)).long())
+
+    def think(self, frame: str | None, *args) -> None:
+        if frame:
+            raise ValueError(f"{self.name} ({type(self.model).__name__}) is an encoder and writes nothing; leave out --think "
+                             "and --rewrite")  # fmt: skip
+        super().think(None)
 
 
 @torch.no_grad()
@@ -476,12 +557,12 @@ def ask_hub(name: str) -> str | None:
 
 def load_llm(
     name: str, device: torch.device, dtype: torch.dtype, cache_mb: float = 512, trust_remote_code: bool = False,
-    random_seed: int | None = None, revision: str | None = None,
+    random_seed: int | None = None, revision: str | None = None, encoders: bool = False,
 ) -> FrozenLLM:  # fmt: skip
     """Hub id, local folder, .gguf file or built-in name -> FrozenLLM. ValueError, in one line, if that cannot be.
 
     random_seed: the same architecture and tokenizer, but with fresh weights from this seed, as a control.
-    revision: the commit of a Hub id (default: the newest).
+    revision: the commit of a Hub id (default: the newest). encoders: T5 and BERT will do too, as a FrozenEncoder.
     """
     transformers.logging.set_verbosity_error()  # its own warnings and bars would drown the one line that matters
     transformers.logging.disable_progress_bar()
@@ -499,8 +580,9 @@ def load_llm(
     def load(local_files_only: bool):
         options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only, "revision": revision}
         try:
-            sees = type(AutoConfig.from_pretrained(where, **options)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-            kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            config = type(AutoConfig.from_pretrained(where, **options))
+            kind = AutoModelForImageTextToText if config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+            kind = AutoModelForTextEncoding if encoders and config in MODEL_FOR_TEXT_ENCODING_MAPPING else kind
             return kind, kind.from_pretrained(where, dtype=dtype, **options), AutoTokenizer.from_pretrained(where, **options)
         except (ValueError, KeyError, ImportError, SafetensorError, RuntimeError) as error:
             raise cannot(error) from None
@@ -523,7 +605,8 @@ def load_llm(
     commit = (
         Path(config).parent.name if isinstance(config, str) else None
     )  # the Hub's client keeps snapshots/COMMIT/config.json
-    return FrozenLLM(model.to(device), tokenizer, name, cache_mb, commit)
+    frozen = FrozenEncoder if kind is AutoModelForTextEncoding else FrozenLLM
+    return frozen(model.to(device), tokenizer, name, cache_mb, commit)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -590,13 +673,14 @@ class ExpertBlock(nn.Module):
     Pre-norm with adaLN-Zero (Peebles & Xie 2023, section 3.2): shift, scale and gate come from the time, gates start at 0.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, layer: TextLayer):
+    def __init__(self, width: int, heads: int, hidden: int, layer: TextLayer, qk_norm: bool = True):
         super().__init__()
-        self.heads, self.layer = heads, layer
+        self.heads, self.layer, self.qk_norm = heads, layer, qk_norm
         G, Dk, Dv = layer.kv_heads, layer.key_width, layer.value_width
         self.split = [heads * Dk, G * Dk, G * Dv]
         self.qkv = nn.Linear(width, sum(self.split), bias=False)
-        self.q_norm, self.k_norm = nn.Parameter(torch.ones(Dk)), nn.Parameter(torch.ones(Dk))
+        if qk_norm:
+            self.q_norm, self.k_norm = nn.Parameter(torch.ones(Dk)), nn.Parameter(torch.ones(Dk))
         self.out = nn.Linear(heads * Dv, width, bias=False)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
@@ -609,7 +693,9 @@ class ExpertBlock(nn.Module):
         img_q = img_q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, Dk)
         img_k = img_k.unflatten(-1, (self.layer.kv_heads, -1)).transpose(1, 2)  # (B, G, N, Dk)
         img_v = img_v.unflatten(-1, (self.layer.kv_heads, -1)).transpose(1, 2)  # (B, G, N, Dv)
-        return rms_norm(img_q, self.q_norm), rms_norm(img_k, self.k_norm), img_v
+        if self.qk_norm:
+            img_q, img_k = rms_norm(img_q, self.q_norm), rms_norm(img_k, self.k_norm)
+        return img_q, img_k, img_v
 
     def finish(self, img: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
         """img (B, N, D) and what its queries attended to (B, H, N, Dv) -> img of the next layer."""
@@ -624,10 +710,12 @@ class Tower(nn.Module, PyTorchModelHubMixin):
     """What every image tower shares: predict(x_t, t, context) -> velocity, the head's meaning, saving and loading.
 
     `config`: the arguments that build it again, plain JSON; it travels inside the checkpoint. `reads`: the attention layers of
-    the LLM that it looks at. `blocks`: its transformer layers.
+    the LLM that it looks at; `states`, `tokens`, `turned`, `room`: see FrozenLLM.keep. `blocks`: its transformer layers.
     """
 
     kinds: dict[str, type["Tower"]] = {}  # name of a class -> the class, for loading
+    states: Sequence[int] = ()
+    tokens, turned, room = False, True, 0
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -640,6 +728,14 @@ class Tower(nn.Module, PyTorchModelHubMixin):
         self.config = config = config | {"made_for": config["made_for"] or {}}
         self.patch, self.image_size, self.channels = config["patch"], config["image_size"], config["channels"]
         self.prediction, self.made_for = config["prediction"], config["made_for"]
+
+    def attach(self, llm: FrozenLLM) -> None:
+        """Have this LLM hand over what the tower looks at."""
+        llm.keep(self.reads, self.states, self.tokens, self.turned, self.room)
+
+    def prepare(self, context: Context) -> Context:
+        """Do what depends neither on the picture nor on the time; `draw` asks for it once, and not at every step."""
+        return context
 
     def velocity(self, tokens: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """What the head says, (B, N, C P P), as a velocity (B, C, height, width) in float32."""
@@ -677,22 +773,26 @@ class ImageExpert(Tower):
 
     text_layers: the attention layers of the LLM that the blocks read, one block each (dicts of TextLayer). prediction: what the
     head gives, "clean" (the picture itself) or "velocity"; the answer is the velocity in both cases. made_for: what the weights
-    belong to (the LLM's name and fingerprint, the data).
+    belong to (the LLM's name and fingerprint, the data). hidden: width inside the SwiGLU (default: 8/3 of `width`).
     """
+
+    qk_norm = True
 
     def __init__(
         self,
         text_layers: list[dict],
         width: int = 256,
         heads: int = 2,
+        hidden: int | None = None,
         patch: int = 8,
         image_size: int = 32,
         channels: int = 3,
         prediction: str = "clean",
         made_for: dict | None = None,
     ):
-        super().__init__({"text_layers": text_layers, "width": width, "heads": heads, "patch": patch, "image_size": image_size,
-                          "channels": channels, "prediction": prediction, "made_for": made_for})  # fmt: skip
+        super().__init__({"text_layers": text_layers, "width": width, "heads": heads, "hidden": hidden, "patch": patch,
+                          "image_size": image_size, "channels": channels, "prediction": prediction,
+                          "made_for": made_for})  # fmt: skip
         layers = [TextLayer(**layer) for layer in text_layers]
         if width % 4:
             raise ValueError(f"--width {width} does not divide by 4, as the 2-D sine-cosine table needs")
@@ -702,8 +802,8 @@ class ImageExpert(Tower):
         self.embed = nn.Linear(channels * patch**2, width)
         self.embed_time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.modulation = nn.Linear(width, (6 * len(layers) + 2) * width)  # adaLN of all blocks and the head in one matmul
-        hidden = -(-8 * width // (3 * 64)) * 64  # SwiGLU: two thirds of 4 D, rounded up
-        self.blocks = nn.ModuleList(ExpertBlock(width, heads, hidden, layer) for layer in layers)
+        hidden = hidden or -(-8 * width // (3 * 64)) * 64  # two thirds of 4 D, rounded up
+        self.blocks = nn.ModuleList(ExpertBlock(width, heads, hidden, layer, self.qk_norm) for layer in layers)
         self.head = nn.Linear(width, channels * patch**2)
         for layer in (self.modulation, self.head):  # adaLN-Zero: each block starts as the identity, the head at 0
             nn.init.zeros_(layer.weight)

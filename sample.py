@@ -111,8 +111,8 @@ def draw(
     for start in range(0, len(prompts), batch_size):
         captions, noises = prompts[start : start + batch_size], seeds[start : start + batch_size]
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in noises])
-        context, empty = llm.context(captions), llm.context([""] * len(captions))
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
+            context, empty = (expert.prepare(llm.context(texts)) for texts in (captions, [""] * len(captions)))
             x = euler_sample(expert, noise.to(llm.device), context, steps, empty, guidance, interval, renorm)
         pictures.append(to_pixels(x))
     return np.concatenate(pictures)
@@ -234,13 +234,14 @@ def llm_of(expert: Tower, name: str | None, device, dtype, trust_remote_code: bo
     if not {"llm", "llm_fingerprint"} <= made_for.keys():
         raise ValueError("this checkpoint does not say which LLM it was trained with; expected one that train.py wrote")
     llm = load_llm(name or made_for["llm"], device, dtype, trust_remote_code=trust_remote_code,
-                   random_seed=made_for.get("random_llm"), revision=None if name else made_for.get("llm_revision"))  # fmt: skip
+                   random_seed=made_for.get("random_llm"), revision=None if name else made_for.get("llm_revision"),
+                   encoders=not expert.reads)  # fmt: skip
     if llm.fingerprint != made_for["llm_fingerprint"]:
         raise ValueError(
             f"this checkpoint was trained with {made_for['llm']} (weights {made_for['llm_fingerprint'][:12]}), not with "
             f"{llm.name} (weights {llm.fingerprint[:12]}): its keys and values mean something else"
         )
-    llm.keep(expert.reads)
+    expert.attach(llm)
     llm.read(made_for.get("template", "{}"), made_for.get("expose", "all"))
     llm.think(*made_for.get("thinking") or [None])
     return llm

@@ -26,10 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from bridges import MirrorTower
+from bridges import BRIDGES, ON_HIDDEN_STATES, MirrorTower, build_bridge
 from data import Emoji, Folder, Shapes, open_source
 from flow import flow_loss, sample_time
-from model import FrozenLLM, ImageExpert, Tower, load_llm, read_safetensors, text_layers
+from model import FrozenLLM, ImageExpert, Tower, load_llm, read_safetensors
 from sample import (
     OneLineParser,
     add_thinking,
@@ -50,6 +50,14 @@ TIME_BINS = 5  # of equal width in t
 RECIPES = {  # what --data and --expert change in the defaults (of a name, the LLM knows most once asked to translate it)
     "emoji": {"template": '"{}" in English: "', "expose": "after", "layers": "upper", "steps": 4500},
     "mirror": {"lr": 3e-4},
+}
+GOES_WITH = {  # flags that mean something only beside another
+    ("expert", "mirror"): ("init", "checkpointing"),
+    ("expert", "tiny"): ("width", "heads", "depth", "layers", "bridge"),
+    ("bridge", "mot"): ("layers",),
+    ("bridge", "last"): ("hidden_state",),
+    ("bridge", "lap"): ("stride", "no_refiner", "per_layer"),
+    ("bridge", "metaqueries"): ("queries",),
 }
 MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every", "context_cache_mb"}  # on resuming
 
@@ -99,6 +107,12 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
         default="middle",
         help="the LLM's layers it reads: all, the lower, middle or upper half, or numbers: 13,15,17",
     )
+    add("--bridge", default="mot", choices=BRIDGES, help="how the LLM reaches the tiny expert: see bridges.py")
+    add("--hidden-state", default="last", help="--bridge last: last, penultimate, or the number of the LLM's layer")
+    add("--stride", type=positive(int), default=3, help="--bridge lap: every so many layers")
+    add("--no-refiner", action="store_true", help="--bridge lap: without the two blocks over the tokens")
+    add("--per-layer", action="store_true", help="--bridge lap: a pooling for each block, in place of one for the input")
+    add("--queries", type=positive(int), default=64, help="--bridge metaqueries: how many")
     add("--patch", type=positive(int), default=8, help="side of a patch in pixels")
     add("--image-size", type=positive(int), default=32, help="side of the pictures in pixels")
     add("--context-cache-mb", type=positive(float), default=512, help="most memory for captions' keys and values, in MB")
@@ -110,15 +124,16 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--save-every", type=positive(int), default=500, help="steps between checkpoints")
     add("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
     plain = parser.parse_args(argv)
-    for_mirror, for_tiny = ("init", "checkpointing"), ("width", "heads", "depth", "layers")
-    for name in for_tiny if plain.expert == "mirror" else for_mirror:
-        if getattr(plain, name) != parser.get_default(name):
-            raise ValueError(f"--{name} is not for --expert {plain.expert}: leave it out")
+    for (flag, value), names in GOES_WITH.items():
+        for name in names if getattr(plain, flag) != value else ():
+            if getattr(plain, name) != parser.get_default(name):
+                raise ValueError(f"--{name.replace('_', '-')} is for --{flag} {value} alone: leave it out")
     parser.set_defaults(**RECIPES.get(plain.data, {}) | RECIPES.get(plain.expert, {}))
     parser.set_defaults(**(stored or {}))
     args = parser.parse_args(argv)
     of_llm = "" if args.llm == parser.get_default("llm") else f"-{Path(args.llm).name}"
     of_llm += ("-random-llm" if args.random_llm else "") + ("-mirror" if args.expert == "mirror" else "")
+    of_llm += "" if args.bridge == "mot" else f"-{args.bridge}"
     args.out = args.out or f"runs/{Path(args.data).name}{of_llm}"
     if args.batch_size % args.draws:
         raise ValueError(f"--batch-size {args.batch_size} does not divide by --draws {args.draws}")
@@ -161,9 +176,8 @@ def build_expert(args: argparse.Namespace, llm: FrozenLLM) -> Tower:
     torch.manual_seed(args.seed)
     if args.expert == "mirror":
         return MirrorTower.beside(llm, args.init, checkpointing=args.checkpointing, **shared)
-    layers = text_layers(llm, args.depth or min(9, len(llm.layers)), args.layers)
-    per_group = round(2 * args.width / (layers[0]["key_width"] * layers[0]["kv_heads"]))
-    return ImageExpert(layers, args.width, args.heads or layers[0]["kv_heads"] * max(1, per_group), **shared)
+    return build_bridge(args.bridge, llm, args.width, args.depth, args.heads, args.layers, args.hidden_state, args.stride,
+                        not args.no_refiner, args.per_layer, args.queries, **shared)  # fmt: skip
 
 
 def batches(source, llm: FrozenLLM, batch_size: int, draws: int, start: int) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -217,21 +231,24 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     source = open_source(args.data, args.image_size, args.seed, args.emoji_font, args.emoji_variants)
     before = json.loads(metadata["config"])["made_for"] if metadata else {}
     llm = load_llm(args.llm, device, dtype, args.context_cache_mb, args.trust_remote_code,
-                   args.seed if args.random_llm else None, before.get("llm_revision"))  # fmt: skip
+                   args.seed if args.random_llm else None, before.get("llm_revision"),
+                   args.bridge in ON_HIDDEN_STATES)  # fmt: skip
     llm.read(before.get("template") or (llm.chat(args.template) if args.chat else args.template), args.expose)
     llm.think(*before.get("thinking") or thinking_of(llm, args) or [None])
     expert = build_expert(args, llm).to(device)
-    llm.keep(expert.reads)
+    expert.attach(llm)
     Path(args.out).mkdir(parents=True, exist_ok=True)  # nothing is written before everything is there
     ema = type(expert)(**expert.config).to(device).requires_grad_(False)
     ema.load_state_dict(expert.state_dict())
+    ema.attach(llm)
     run = Run(args, source, llm, expert, ema, build_optimizers(expert, args.lr, args.weight_decay), device, dtype)
     if metadata:
         load_run(run, metadata, tensors)
-    first, side = llm.layers[0], args.image_size // args.patch
-    weights = "fresh from the seed and frozen" if args.random_llm else "all frozen"
+    side, weights = args.image_size // args.patch, "fresh from the seed and frozen" if args.random_llm else "all frozen"
+    x = llm.layers[0] if llm.layers else None
+    keys = f"{len(llm.layers)} attention layers with {x.kv_heads} key/value heads of width {x.key_width}" if x else "an encoder"
     print(f"LLM {args.llm}: {sum(p.numel() for p in llm.model.parameters()) / 1e6:.0f} M parameters, {weights}; "
-          f"{len(llm.layers)} attention layers with {first.kv_heads} key/value heads of width {first.key_width}")  # fmt: skip
+          f"{keys}")  # fmt: skip
     print(f"expert: {sum(p.numel() for p in expert.parameters()) / 1e6:.1f} M parameters, all trained; "
           f"{len(expert.blocks)} layers of width {expert.width}, {side}x{side} image tokens")  # fmt: skip
     if isinstance(source, Emoji):

@@ -27,6 +27,7 @@ SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_la
              num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
 CONFIGS = {
     "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "deep": lambda: transformers.Qwen2Config(**SMALL | {"num_hidden_layers": 6}),
     "llama": lambda: transformers.LlamaConfig(**SMALL),
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **SMALL,
@@ -46,6 +47,7 @@ CONFIGS = {
         num_attention_heads=4,
         max_position_embeddings=64,
     ),
+    "t5": lambda: transformers.T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
     "mamba": lambda: transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
 DECODERS = ["qwen2", "llama", "gemma3", "cohere2", "gpt2"]
@@ -68,7 +70,8 @@ def save_tiny_llm(kind: str, folder: Path, seed: int = 0) -> Path:
         folder
     )
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    auto = transformers.AutoModelForTextEncoding if kind == "t5" else transformers.AutoModelForCausalLM
+    model = auto.from_config(CONFIGS[kind]())
     with torch.no_grad():  # the library starts with weights so small that every prompt reads alike
         for weight in model.parameters():
             if weight.dim() > 1:
