@@ -4,6 +4,7 @@
     python evaluate.py --ckpt runs/shapes --suite languages,colors --n 4
     python evaluate.py --ckpt runs/shapes --versus runs/shapes-random-llm  # side by side
     python evaluate.py --ckpt runs/shapes --probe                          # what the LLM knows, and how much of it is drawn
+    python evaluate.py --race mot,last,lap --minutes 12 --seeds 0,1        # train one of each bridge, and compare them
 
 No network judges: judge.py reads every picture by geometry. Prompts: assets/prompts/SUITE.jsonl, one JSON object a line with
 row (of the table), prompt, groups ([count, color or null, shape]), and where it applies relation, or rgb (the exact colour).
@@ -12,6 +13,8 @@ row (of the table), prompt, groups ([count, color or null, shape]), and where it
 import argparse
 import json
 import os
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,15 +25,17 @@ from statistics import median
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
+import train
 from data import BACKGROUND, COLORS, PROMPTS, SHAPES, Emoji, Group, Scene, Shapes
 from judge import BASIC_COLORS, Found, Verdict, basic_color, delta_e, judge, lab, learned_features, pixel_features, ranks
 from model import FrozenLLM, ImageExpert
 from sample import (
     OneLineParser,
     add_thinking,
+    caption_font,
     draw,
     llm_of,
     load_expert,
@@ -45,7 +50,7 @@ from sample import (
     thinking_of,
 )
 
-SUITES = ("geneval", "unseen", "languages", "colors", "emoji", "ascii", "knowledge", "parrot")
+SUITES = ("geneval", "unseen", "languages", "colors", "emoji", "ascii", "knowledge", "parrot", "position")
 LEFT_OUT = {"languages": {"English"}, "emoji-languages": {"en"}}  # rows to compare with, not in the mean
 NEAR = 15.0  # CIE76 delta E within which a colour counts as the one that was asked for by its numbers
 
@@ -406,10 +411,154 @@ def print_ranks(name: str, result: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the race: every bridge with the same data, pictures and seeds
+
+LEGS = 4  # a run is scored so many times on its way
+ON_THE_WAY = (("geneval", 8), ("languages", 2))  # suites, and prompts of each row
+
+
+def train_racer(racer: str, seed: int, steps: int, folder: Path, flags: list[str]) -> dict:
+    """One run of the race, gone on with where it stopped. racer: a bridge, and flags of train.py: "lap:stride=1". -> what it
+    took, and its scores on the way. JSON."""
+    bridge, *options = racer.split(":")
+    own = [part for option in options for part in f"--{option}".split("=", 1)]
+    save_every = ["--save-every", str(steps // LEGS), "--sample-every", str(steps)]
+    given = ["--bridge", bridge, *own, "--seed", str(seed), "--steps", str(steps), "--out", str(folder), *save_every, *flags]
+    path, log = folder / "race.json", {"minutes": 0.0, "curve": []}
+    if (folder / "train_state.safetensors").exists():
+        given, log = ["--resume", "--out", str(folder)], json.loads(path.read_text("utf-8"))
+    if len(log["curve"]) == LEGS:
+        return log
+    run = train.prepare(*train.settings(given))
+    log |= {"parameters": sum(p.numel() for p in run.expert.parameters())}
+    while run.step < steps:
+        started, llm_before = time.perf_counter(), run.llm.seconds
+        train.train(run, min(steps, run.step + steps // LEGS))
+        minutes = (time.perf_counter() - started) / 60
+        log["minutes"] += minutes
+        log["llm_share"] = (run.llm.seconds - llm_before) / 60 / minutes
+        scores = {}
+        for suite, limit in ON_THE_WAY:
+            prompts = read_suite(suite, limit)
+            pictures = draw(run.ema, run.llm, [prompt.text for prompt in prompts], list(range(len(prompts))))
+            grades = [grade(prompt, picture) for prompt, picture in zip(prompts, pictures)]
+            scores[suite] = summarize(suite, prompts, grades)["mean"]["score"]
+        log["curve"].append({"images": run.step * run.args.batch_size, "minutes": log["minutes"]} | scores)
+        write_json(path, log)
+    return log
+
+
+def race(args: argparse.Namespace, flags: list[str]) -> None:
+    """Train every racer with every seed, for as many steps as the first of them does in --minutes, and score all suites; then
+    one table and one picture of all that lies in the folder. What is finished is not done again. flags: for train.py."""
+    out = Path(args.out or "runs/race")
+    plan = out / "race.json"
+    if not plan.exists():
+        steps = steps_in(args.race[0], args.minutes, flags)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(plan, {"steps": steps, "minutes": args.minutes, "of": args.race[0]})
+    steps = json.loads(plan.read_text("utf-8"))["steps"]
+    print(f"{out}: {steps} steps each")
+    suites = args.suite
+    for seed in args.seeds:
+        for racer in args.race:
+            folder = out / f"{racer.replace(':', '-').replace('=', '-').replace('/', '-')}-seed{seed}"
+            log = train_racer(racer, seed, steps, folder, flags)
+            if "suites" not in log:
+                args.ckpt, args.versus, args.suite, args.out = str(folder), None, suites, folder
+                log["suites"] = evaluate_shapes(args, open_runs(args))[args.ckpt]
+                write_json(folder / "race.json", log | {"racer": racer, "seed": seed, "folder": str(folder)})
+    logs = [json.loads(path.read_text("utf-8")) for path in sorted(out.glob("*/race.json"))]
+    table = race_table(logs := [log for log in logs if "suites" in log])
+    write_json(out / "table.json", table)
+    print_race(table)
+    race_picture(table, {log["racer"]: log["folder"] for log in reversed(logs)}).save(out / "race.png")
+    print(f"{out / 'table.json'}, and race.png beside it: the same prompts for all, and how the scores grew")
+
+
+def steps_in(racer: str, minutes: float, flags: list[str]) -> int:
+    """How many steps a racer does in so many minutes here, a multiple of LEGS."""
+    bridge, *options = racer.split(":")
+    own = [part for option in options for part in f"--{option}".split("=", 1)]
+    run = train.prepare(train.parse_args(["--bridge", bridge, *own, "--out", tempfile.mkdtemp(), *flags]), {}, {})
+    times = []
+    for captions, pictures in train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, 0):
+        started = time.perf_counter()
+        train.train_step(run, run.expert, captions, pictures)
+        times.append(time.perf_counter() - started)
+        if len(times) == 30:
+            return max(1, round(60 * minutes / median(times[10:]) / LEGS)) * LEGS
+
+
+def race_table(logs: list[dict]) -> dict:
+    """racer -> parameters, minutes, images per second, the LLM's share, its curves, and of each suite the mean over the seeds,
+    with Wilson's interval for the pictures of all, and the score of each seed. JSON."""
+    table = {}
+    for racer in dict.fromkeys(log["racer"] for log in logs):
+        mine = [log for log in logs if log["racer"] == racer]
+        suites = {}
+        for suite in mine[0]["suites"]:
+            means = [log["suites"][suite]["mean"] for log in mine]
+            score, n = sum(m["score"] for m in means) / len(means), sum(m["n"] for m in means)
+            suites[suite] = {"score": score, "interval": wilson(score * n, n), "seeds": [m["score"] for m in means]}
+            if suite == "position":
+                rows = {row: [log["suites"][suite]["rows"][row]["score"] for log in mine] for row in ("early", "late")}
+                suites[suite] |= {row: sum(scores) / len(scores) for row, scores in rows.items()}
+        images, minutes = sum(log["curve"][-1]["images"] for log in mine), sum(log["minutes"] for log in mine)
+        table[racer] = {"parameters": mine[0]["parameters"], "minutes": minutes / len(mine), "images/s": images / minutes / 60,
+                        "llm_share": mine[0]["llm_share"], "seeds": [log["seed"] for log in mine], "suites": suites,
+                        "curves": [log["curve"] for log in mine]}  # fmt: skip
+    return table
+
+
+def print_race(table: dict) -> None:
+    suites = list(next(iter(table.values()))["suites"])
+    print(f"{'':22}{'parameters':>11}{'images/s':>10}{'LLM':>6}  " + "".join(f"{suite:>17}" for suite in suites))
+    for racer, line in table.items():
+        cells = (f"{s['score']:5.2f} {s['interval'][0]:.2f} to {s['interval'][1]:.2f}" for s in line["suites"].values())
+        print(f"{racer:22}{line['parameters']:>11,}{line['images/s']:10.0f}{line['llm_share']:6.0%}  "
+              + "".join(f"{cell:>17}" for cell in cells))  # fmt: skip
+
+
+INKS = ("#c23b22", "#1f6fb4", "#2a8c3c", "#8a4fbf", "#d98c00", "#444444", "#00938f", "#b3487f", "#7a6a2f", "#6b8cff")
+
+
+def race_picture(table: dict, folders: dict[str, str]) -> Image.Image:
+    """The same prompts and noise, a line for each racer, and below it the scores on the way. folders: racer -> a run of it."""
+    rows = [("geneval", None), ("languages", ["Italian", "Chinese", "Hindi"]), ("position", None)]
+    prompts = [prompt for suite, only in rows for prompt in read_suite(suite, 1, only)]
+    device, lines = pick_device("auto")[0], {}
+    for racer in table:
+        expert = load_expert(folders[racer], device)
+        llm = llm_of(expert, None, device, pick_dtype("auto", device)[0])
+        pictures = draw(expert, llm, [prompt.text for prompt in prompts], list(range(len(prompts))))
+        lines[racer] = [(x, p.text, grade(p, x).reason is None) for p, x in zip(prompts, pictures)]
+    top = picture_table([("", lines)])
+    sheet = Image.new("RGB", (top.width, top.height + 300), "white")
+    sheet.paste(top, (0, 0))
+    ink, width = ImageDraw.Draw(sheet), (top.width - 150) // 4
+    for panel, (suite, unit) in enumerate((suite, unit) for suite, _ in ON_THE_WAY for unit in ("images", "minutes")):
+        left, bottom = 20 + panel * width, top.height + 260
+        most = max(point[unit] for line in table.values() for curve in line["curves"] for point in curve)
+        ink.rectangle((left, bottom - 200, left + width - 40, bottom), outline="#bbbbbb")
+        ink.text(
+            (left, bottom - 218), f"{suite}, 0 to 1, against {unit}, to {most:,.0f}", fill="black", font=caption_font("", 11)
+        )
+        for color, line in zip(INKS, table.values()):
+            for curve in line["curves"]:
+                places = [(left + (width - 40) * point[unit] / most, bottom - 200 * point[suite]) for point in curve]
+                ink.line([(left, bottom), *places], fill=color, width=2)
+    for i, (color, racer) in enumerate(zip(INKS, table)):
+        ink.text((20 + 4 * width, top.height + 50 + 20 * i), racer, fill=color, font=caption_font("", 12))
+    return sheet
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the command
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and with --race what of it is meant for train.py."""
     parser = OneLineParser(description="Score a run's pictures.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--ckpt", help="a run's folder or a Hub id (default: the newest run under runs/)")
@@ -425,14 +574,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--out", help="folder for the JSON and the pictures (default: the run's own; its partial/ for --rows or --limit)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert")
+    add("--race", help="train and compare these bridges, with commas, each with its own flags for train.py: mot,lap:stride=1; "
+        "all other flags are train.py's")  # fmt: skip
+    add(
+        "--minutes",
+        type=positive(float),
+        default=12,
+        help="--race: how long the first of them trains; all see as many pictures",
+    )
+    add("--seeds", default="0", help="--race: with commas")
     add_thinking(parser)
-    args = parser.parse_args(argv)
+    args, more = parser.parse_known_args(argv)
+    if args.race:
+        args.race, args.seeds, args.rows = args.race.split(","), [seed_number(text) for text in args.seeds.split(",")], None
+        return args, ["--device", args.device, "--dtype", args.dtype, *more]
+    if more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     args.ckpt = args.ckpt or str(newest_run())
     args.rows = args.rows.split(",") if args.rows else None
     home = Path(args.ckpt if Path(args.ckpt).is_dir() else "evaluation")
     thinking = f"rewrite-{args.rewrite}" if args.rewrite else "think" if args.think else ""
     args.out = Path(args.out or (home / "partial" if args.rows or args.limit else home) / thinking)
-    return args
+    return args, []
 
 
 SUITES_OF = {"shapes": SUITES, "emoji": EMOJI_SUITES}
@@ -461,8 +624,11 @@ def open_runs(args: argparse.Namespace) -> list[tuple[str, ImageExpert, FrozenLL
 
 def save_results(path: Path, results: dict) -> None:
     """Put them beside those of other suites that are there, all at once."""
-    old = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    path.with_suffix(".tmp").write_text(json.dumps(old | results, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_json(path, (json.loads(path.read_text("utf-8")) if path.exists() else {}) | results)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -491,7 +657,9 @@ def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert,
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args, for_training = parse_args(argv)
+    if args.race:
+        return race(args, for_training)
     runs = open_runs(args)
     args.out.mkdir(parents=True, exist_ok=True)
     data = runs[0][1].made_for["data"]

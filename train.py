@@ -365,7 +365,8 @@ class Metrics:
         return f"loss {loss:.4f}, {images_per_second:.0f} images/s"
 
 
-def train(run: Run) -> None:
+def train(run: Run, until: int | None = None) -> None:
+    """Train to the end, or to step `until`, and save."""
     started, args = time.perf_counter(), run.args
     if run.step >= args.steps:
         raise ValueError(f"{args.out} stands at step {run.step} of {args.steps}: nothing left to do; --steps N goes further")
@@ -376,7 +377,7 @@ def train(run: Run) -> None:
         losses, t, norm = train_step(run, predict, captions, pictures)
         metrics.add(losses, t)
         progress.update()
-        last = run.step == args.steps
+        last = run.step == (until or args.steps)
         saves = run.step % args.save_every == 0 or last
         if run.step % LOG_EVERY == 0 or saves:
             progress.set_postfix_str(metrics.write(norm))
