@@ -372,16 +372,18 @@ def summarize_ranks(suite: str, rows: list[str], places: dict[str, np.ndarray], 
 def probe_emoji(llm: FrozenLLM, source: Emoji, limit: int | None) -> dict:
     """What the LLM's layers know of the names, without any picture. -> {"layer 3": {way: scores}} of the right emoji's rank:
     for the names in other languages, by ridge regression from the values of the English names ("ridge") and by the cosine to
-    the nearest of these ("nearest name"); and nearest too for the English names inside a longer caption ("in a caption")."""
+    the nearest of these ("nearest name"); and nearest too for the English names inside a longer caption ("in a caption").
+    With a limit, among a hundred times as many emoji."""
     asked = read_emoji_suite("emoji-languages", source, limit)
+    among = list(dict.fromkeys([text for *_, text in asked] + source.trained))[: 100 * limit if limit else None]
     foreign = [(prompt, text) for row, prompt, text in asked if row != "en"]
     framed = [(f"a picture of {prompt}", text) for row, prompt, text in asked if row == "en"]
-    names = [(name, i) for i, text in enumerate(source.trained) for name in source.names[text]]
-    owner, n = torch.tensor([i for _, i in names]), len(source.trained)
+    names = [(name, i) for i, text in enumerate(among) for name in source.names[text]]
+    owner, n = torch.tensor([i for _, i in names]), len(among)
     heard = [hear(llm, [text for text, _ in pairs]) for pairs in (names, foreign, framed)]
 
     def places(scores: torch.Tensor, pairs: list[tuple[str, str]]) -> dict:
-        true = scores.gather(1, torch.tensor([source.trained.index(text) for _, text in pairs])[:, None])
+        true = scores.gather(1, torch.tensor([among.index(text) for _, text in pairs])[:, None])
         ties = (scores == true).sum(1) - 1  # where a layer cannot tell them apart: the middle of their places
         return rank_scores((1 + (scores > true).sum(1) + ties / 2).numpy(), n)
 
@@ -424,26 +426,27 @@ def train_racer(racer: str, seed: int, steps: int, folder: Path, flags: list[str
     own = [part for option in options for part in f"--{option}".split("=", 1)]
     save_every = ["--save-every", str(steps // LEGS), "--sample-every", str(steps)]
     given = ["--bridge", bridge, *own, "--seed", str(seed), "--steps", str(steps), "--out", str(folder), *save_every, *flags]
-    path, log = folder / "race.json", {"minutes": 0.0, "curve": []}
+    path, log = folder / "race.json", {"curve": []}
     if (folder / "train_state.safetensors").exists():
-        given, log = ["--resume", "--out", str(folder)], json.loads(path.read_text("utf-8"))
+        given = ["--resume", "--out", str(folder)]
+        log = json.loads(path.read_text("utf-8")) if path.exists() else log
     if len(log["curve"]) == LEGS:
         return log
     run = train.prepare(*train.settings(given))
-    log |= {"parameters": sum(p.numel() for p in run.expert.parameters())}
-    while run.step < steps:
-        started, llm_before = time.perf_counter(), run.llm.seconds
-        train.train(run, min(steps, run.step + steps // LEGS))
-        minutes = (time.perf_counter() - started) / 60
-        log["minutes"] += minutes
-        log["llm_share"] = (run.llm.seconds - llm_before) / 60 / minutes
-        scores = {}
+    log["parameters"] = sum(p.numel() for p in run.expert.parameters())
+    while len(log["curve"]) < LEGS:
+        target, scores = steps // LEGS * (len(log["curve"]) + 1), {}
+        if run.step < target:  # it may have been stopped after its training, before its scores
+            train.train(run, target)
         for suite, limit in ON_THE_WAY:
             prompts = read_suite(suite, limit)
             pictures = draw(run.ema, run.llm, [prompt.text for prompt in prompts], list(range(len(prompts))))
             grades = [grade(prompt, picture) for prompt, picture in zip(prompts, pictures)]
             scores[suite] = summarize(suite, prompts, grades)["mean"]["score"]
-        log["curve"].append({"images": run.step * run.args.batch_size, "minutes": log["minutes"]} | scores)
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
+        measured = next(line for line in lines if line["step"] == target)
+        speed = {key: measured[key] for key in ("images_per_second", "llm_share")}
+        log["curve"].append({"images": target * run.args.batch_size} | speed | scores)
         write_json(path, log)
     return log
 
@@ -491,23 +494,24 @@ def steps_in(racer: str, minutes: float, flags: list[str]) -> int:
 
 
 def race_table(logs: list[dict]) -> dict:
-    """racer -> parameters, minutes, images per second, the LLM's share, its curves, and of each suite the mean over the seeds,
-    with Wilson's interval for the pictures of all, and the score of each seed. JSON."""
+    """racer -> parameters, images per second (in the fastest leg: in others the machine may have been busy), the LLM's share,
+    of each suite the mean over rows and seeds with Wilson's interval and the score of each seed, and the curves. JSON."""
     table = {}
     for racer in dict.fromkeys(log["racer"] for log in logs):
         mine = [log for log in logs if log["racer"] == racer]
         suites = {}
         for suite in mine[0]["suites"]:
-            means = [log["suites"][suite]["mean"] for log in mine]
-            score, n = sum(m["score"] for m in means) / len(means), sum(m["n"] for m in means)
-            suites[suite] = {"score": score, "interval": wilson(score * n, n), "seeds": [m["score"] for m in means]}
+            rows = [(name, row) for log in mine for name, row in log["suites"][suite]["rows"].items()]
+            mean = mean_of_rows([row for name, row in rows if name not in LEFT_OUT.get(suite, ())])
+            suites[suite] = mean | {"seeds": [log["suites"][suite]["mean"]["score"] for log in mine]}
             if suite == "position":
-                rows = {row: [log["suites"][suite]["rows"][row]["score"] for log in mine] for row in ("early", "late")}
-                suites[suite] |= {row: sum(scores) / len(scores) for row, scores in rows.items()}
-        images, minutes = sum(log["curve"][-1]["images"] for log in mine), sum(log["minutes"] for log in mine)
-        table[racer] = {"parameters": mine[0]["parameters"], "minutes": minutes / len(mine), "images/s": images / minutes / 60,
-                        "llm_share": mine[0]["llm_share"], "seeds": [log["seed"] for log in mine], "suites": suites,
-                        "curves": [log["curve"] for log in mine]}  # fmt: skip
+                suites[suite] |= {name: mean_of_rows([x for n, x in rows if n == name])["score"] for name in ("early", "late")}
+        legs = [point for log in mine for point in log["curve"]]
+        rate = max(point["images_per_second"] for point in legs)
+        curves = [[point | {"minutes": point["images"] / rate / 60} for point in log["curve"]] for log in mine]
+        table[racer] = {"parameters": mine[0]["parameters"], "images": legs[-1]["images"], "images/s": rate,
+                        "llm_share": min(point["llm_share"] for point in legs), "seeds": [log["seed"] for log in mine],
+                        "suites": suites, "curves": curves}  # fmt: skip
     return table
 
 
@@ -651,7 +655,7 @@ def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert,
         name, _, llm = runs[0]
         llm.think(None)
         llm.keep(range(len(llm.layers)))
-        results[name]["probe"] = probe(llm, graded, args.seed)
+        results[name]["probe"] = probe(llm, graded, args.seed, min(2000, 200 * (args.limit or 10)))
         print_probe(results[name]["probe"])
     return results
 

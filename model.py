@@ -874,18 +874,22 @@ def describe(llm: FrozenLLM) -> str:
 
 def text_layers(llm: FrozenLLM, depth: int, part: str = "all") -> list[dict]:
     """The LLM's attention layers that a tower of `depth` blocks reads, evenly spread over a part of it: "all", the "lower",
-    "middle" or "upper" half (or as many layers as there are blocks, if that is more), or numbers with commas ("13,15,17"),
-    each then read by several blocks if there are more blocks than numbers.
+    "middle" or "upper" half (or as many layers as there are blocks, if that is more), or numbers ("13,15,17", "6-11") or a
+    share of the depth ("0.85"), each then read by several blocks if there are more blocks than numbers.
 
     The middle layers are where words of different languages mean the same; the lower ones still know the word, the upper
     ones already the next.
     """
     available = len(llm.layers)
     if part not in PARTS:
-        numbers = [int(text) if text.strip().isdecimal() else available for text in part.split(",")]
-        if max(numbers) >= available or sorted(set(numbers)) != numbers or len(numbers) > depth:
+        try:  # a number, or a share of the depth
+            ends = [[int(float(x) * available) if "." in x else int(x) for x in piece.split("-")] for piece in part.split(",")]
+            numbers = [number for first, *last in ends for number in range(first, (last or [first])[-1] + 1)]
+        except ValueError:
+            numbers = []
+        if not numbers or max(numbers) >= available or sorted(set(numbers)) != numbers or len(numbers) > depth:
             raise ValueError(f"--layers {part}: expected {', '.join(PARTS)}, or at most {depth} rising numbers from 0 to "
-                             f"{available - 1} with commas")  # fmt: skip
+                             f"{available - 1} (13,15,17 or 6-11), or a share of the depth (0.85)")  # fmt: skip
         return [asdict(llm.layers[numbers[i * len(numbers) // depth]]) for i in range(depth)]
     if depth > available:
         raise ValueError(f"--depth {depth}: {llm.name} has {available} attention layers to read from; expected at most that")

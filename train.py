@@ -48,7 +48,7 @@ LOOK_AHEAD = 32  # steps whose captions go to the LLM together
 LOG_EVERY = 50  # steps a line of metrics.jsonl
 TIME_BINS = 5  # of equal width in t
 RECIPES = {  # what --data and --expert change in the defaults (of a name, the LLM knows most once asked to translate it)
-    "emoji": {"template": '"{}" in English: "', "expose": "after", "layers": "upper", "steps": 4500},
+    "emoji": {"template": '"{}" in English: "', "expose": "after", "layers": "0.85", "weight_decay": 1.0, "steps": 4500},
     "mirror": {"lr": 3e-4},
 }
 GOES_WITH = {  # flags that mean something only beside another
@@ -105,7 +105,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add(
         "--layers",
         default="middle",
-        help="the LLM's layers it reads: all, the lower, middle or upper half, or numbers: 13,15,17",
+        help="the LLM's layers it reads: all, the lower, middle or upper half, numbers (13,15,17 or 6-11), or a share (0.85)",
     )
     add("--bridge", default="mot", choices=BRIDGES, help="how the LLM reaches the tiny expert: see bridges.py")
     add("--hidden-state", default="last", help="--bridge last: last, penultimate, or the number of the LLM's layer")

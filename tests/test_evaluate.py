@@ -246,3 +246,35 @@ def test_emoji_suites(llm_folder, tmp_path):
     assert scores["top 1"]["score"] == 0.3 and scores["top 5"]["score"] == 0.6 and scores["median rank"]["score"] == 4
     low, high = scores["top 1"]["interval"]
     assert 0.2 < low < 0.25 and 0.35 < high < 0.4, "a bootstrap of 100 prompts: about 1.96 sqrt(0.3 0.7 / 100) each way"
+
+
+def test_the_race_goes_on_where_it_stopped(llm_folder, tmp_path, monkeypatch, capsys):
+    """Two bridges: as many pictures for each, each run trained and scored once, wherever the command was stopped."""
+    flags = ["--race", "mot,last:hidden-state=2", "--seeds", "1", "--minutes", "0.001", "--out", str(tmp_path / "race"),
+             "--suite", "geneval,position", "--limit", "1", "--steps", "1", "--device", "cpu", "--dtype", "float32",
+             "--llm", str(llm_folder("qwen2")), "--batch-size", "8", "--width", "64", "--depth", "3"]  # fmt: skip
+    asked, whole = [], evaluate.evaluate_shapes
+    monkeypatch.setattr(evaluate, "ON_THE_WAY", (("geneval", 1), ("languages", 1)))
+    monkeypatch.setattr(evaluate, "evaluate_shapes", lambda args, runs: asked.append(args.ckpt) or whole(args, runs))
+    save = train.save_run
+
+    def dies(run: train.Run) -> None:
+        save(run)
+        if run.args.bridge == "last":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_run", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(flags)
+    monkeypatch.setattr(train, "save_run", save)
+    evaluate.main(flags)
+    assert [Path(name).name for name in asked] == ["mot-seed1", "last-hidden-state-2-seed1"]
+    table = json.loads((tmp_path / "race" / "table.json").read_text("utf-8"))
+    assert set(table) == {"mot", "last:hidden-state=2"} and len({line["images"] for line in table.values()}) == 1
+    for line in table.values():
+        assert line["seeds"] == [1] and [len(curve) for curve in line["curves"]] == [evaluate.LEGS]
+        assert set(line["suites"]) == {"geneval", "position"} and {"early", "late"} <= set(line["suites"]["position"])
+    assert Image.open(tmp_path / "race" / "race.png").width > 1000
+    assert "last:hidden-state=2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate.main(["--ckpt", str(tmp_path), "--width", "3"])  # a flag of train.py means nothing without --race

@@ -164,9 +164,11 @@ def test_depth_is_spread_over_the_llm(tiny_llm):
     assert halves == [[0], [1], [2]]
     assert [layer["index"] for layer in text_layers(llm, 2, "middle")] == [0, 1], "never fewer layers than blocks"
     assert [layer["index"] for layer in text_layers(llm, 5, "0,2")] == [0, 0, 0, 2, 2], "several blocks may read one layer"
+    assert [layer["index"] for layer in text_layers(llm, 3, "1-2")] == [1, 1, 2], "a range"
+    assert [layer["index"] for layer in text_layers(llm, 1, "0.85")] == [2], "a share of the depth: 2.55 of 3"
     with pytest.raises(ValueError, match="--depth 4: .* has 3 attention layers"):
         text_layers(llm, 4)
-    for wrong in ("3", "2,1", "top", "1,,2", "-1", "0,1,2"):
+    for wrong in ("3", "2,1", "top", "1,,2", "-1", "0,1,2", "1-3", "2-1", "1.0"):
         with pytest.raises(
             ValueError, match=f"--layers {wrong}: expected all, lower, middle, upper, or at most 2 rising numbers"
         ):
