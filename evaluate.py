@@ -419,7 +419,7 @@ LEGS = 4  # a run is scored so many times on its way
 ON_THE_WAY = (("geneval", 8), ("languages", 2))  # suites, and prompts of each row
 
 
-def train_racer(racer: str, seed: int, steps: int, folder: Path, flags: list[str]) -> dict:
+def train_racer(args: argparse.Namespace, racer: str, seed: int, steps: int, folder: Path, flags: list[str]) -> dict:
     """One run of the race, gone on with where it stopped. racer: a bridge, and flags of train.py: "lap:stride=1". -> what it
     took, and its scores on the way. JSON."""
     bridge, *options = racer.split(":")
@@ -439,8 +439,8 @@ def train_racer(racer: str, seed: int, steps: int, folder: Path, flags: list[str
         if run.step < target:  # it may have been stopped after its training, before its scores
             train.train(run, target)
         for suite, limit in ON_THE_WAY:
-            prompts = read_suite(suite, limit)
-            pictures = draw(run.ema, run.llm, [prompt.text for prompt in prompts], list(range(len(prompts))))
+            prompts = read_suite(suite, min(limit, args.limit or limit))
+            pictures = draw(run.ema, run.llm, [prompt.text for prompt in prompts], list(range(len(prompts))), args.steps)
             grades = [grade(prompt, picture) for prompt, picture in zip(prompts, pictures)]
             scores[suite] = summarize(suite, prompts, grades)["mean"]["score"]
         lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
@@ -466,7 +466,7 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
     for seed in args.seeds:
         for racer in args.race:
             folder = out / f"{racer.replace(':', '-').replace('=', '-').replace('/', '-')}-seed{seed}"
-            log = train_racer(racer, seed, steps, folder, flags)
+            log = train_racer(args, racer, seed, steps, folder, flags)
             if "suites" not in log:
                 args.ckpt, args.versus, args.suite, args.out = str(folder), None, suites, folder
                 log["suites"] = evaluate_shapes(args, open_runs(args))[args.ckpt]
@@ -475,7 +475,7 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
     table = race_table(logs := [log for log in logs if "suites" in log])
     write_json(out / "table.json", table)
     print_race(table)
-    race_picture(table, {log["racer"]: log["folder"] for log in reversed(logs)}).save(out / "race.png")
+    race_picture(table, {log["racer"]: log["folder"] for log in reversed(logs)}, args.steps).save(out / "race.png")
     print(f"{out / 'table.json'}, and race.png beside it: the same prompts for all, and how the scores grew")
 
 
@@ -527,7 +527,7 @@ def print_race(table: dict) -> None:
 INKS = ("#c23b22", "#1f6fb4", "#2a8c3c", "#8a4fbf", "#d98c00", "#444444", "#00938f", "#b3487f", "#7a6a2f", "#6b8cff")
 
 
-def race_picture(table: dict, folders: dict[str, str]) -> Image.Image:
+def race_picture(table: dict, folders: dict[str, str], steps: int) -> Image.Image:
     """The same prompts and noise, a line for each racer, and below it the scores on the way. folders: racer -> a run of it."""
     rows = [("geneval", None), ("languages", ["Italian", "Chinese", "Hindi"]), ("position", None)]
     prompts = [prompt for suite, only in rows for prompt in read_suite(suite, 1, only)]
@@ -535,7 +535,7 @@ def race_picture(table: dict, folders: dict[str, str]) -> Image.Image:
     for racer in table:
         expert = load_expert(folders[racer], device)
         llm = llm_of(expert, None, device, pick_dtype("auto", device)[0])
-        pictures = draw(expert, llm, [prompt.text for prompt in prompts], list(range(len(prompts))))
+        pictures = draw(expert, llm, [prompt.text for prompt in prompts], list(range(len(prompts))), steps)
         lines[racer] = [(x, p.text, grade(p, x).reason is None) for p, x in zip(prompts, pictures)]
     top = picture_table([("", lines)])
     sheet = Image.new("RGB", (top.width, top.height + 300), "white")

@@ -254,7 +254,6 @@ def test_the_race_goes_on_where_it_stopped(llm_folder, tmp_path, monkeypatch, ca
              "--suite", "geneval,position", "--limit", "1", "--steps", "1", "--device", "cpu", "--dtype", "float32",
              "--llm", str(llm_folder("qwen2")), "--batch-size", "8", "--width", "64", "--depth", "3"]  # fmt: skip
     asked, whole = [], evaluate.evaluate_shapes
-    monkeypatch.setattr(evaluate, "ON_THE_WAY", (("geneval", 1), ("languages", 1)))
     monkeypatch.setattr(evaluate, "evaluate_shapes", lambda args, runs: asked.append(args.ckpt) or whole(args, runs))
     save = train.save_run
 

@@ -244,7 +244,9 @@ def test_fingerprint_covers_every_weight():
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3", "gpt2"])
 def test_thinking_goes_into_the_cache_once(kind, tiny_llm):
     """What the LLM writes stands in the cache as if it had been read, no token is computed twice, and the frame is hidden."""
-    llm = tiny_llm(kind)
+    llm, other = tiny_llm(kind), tiny_llm(kind)
+    for one in (llm, other):
+        one.keep(range(3), hidden=[0, 3])  # keys and values, and hidden states as some bridges read them
     empty = llm.lookup([""])[""]
     read, frame, captions = [], "red => blue\n{} =>", ["a red circle", "an orange cross"]
     llm.think(frame, 8)
@@ -261,7 +263,7 @@ def test_thinking_goes_into_the_cache_once(kind, tiny_llm):
         ends = [i for i in range(len(ids), len(out)) if "\n" in llm.tokenizer.decode(out[len(ids) : i + 1])]
         out = out[: ends[0] + 1] if ends else out
         assert llm.written[caption] == llm.tokenizer.decode(out[len(ids) :], skip_special_tokens=True).strip()
-        cache = llm._run(out[None, :-1])
+        cache = llm._run(out[None, :-1], output_hidden_states=True)
         whole = llm._pack(cache, torch.tensor([len(out) - 1]))[0]
         bos = [0] if llm.tokenizer("").input_ids else []
         expected = whole[[*bos, *range(frame_tokens, len(out) - 1)]]
@@ -277,7 +279,7 @@ def test_thinking_goes_into_the_cache_once(kind, tiny_llm):
         assert torch.equal(row[-tail:], rows[caption][-tail:]), "a slice of the cache"
         assert tail <= 8 if len(llm.written[caption]) > 1 else torch.equal(row, rows[caption]), "nothing written: the prompt"
     llm.think(None)
-    assert torch.equal(llm.lookup(captions)[captions[0]], tiny_llm(kind).lookup(captions)[captions[0]])
+    assert torch.equal(llm.lookup(captions)[captions[0]], other.lookup(captions)[captions[0]])
     with pytest.raises(ValueError, match="expected a text with one {}"):
         llm.think("no place", 8)
 

@@ -23,8 +23,10 @@ SHORT = {  # flags that make a command short; given last, they win
     "train.py": "--steps 2 --batch-size 8 --width 32 --depth 2",
     "train.py --resume": "--steps 3",
     "train.py --expert": "--steps 1 --batch-size 4",
+    "train.py --bridge": "--steps 1 --batch-size 4",
     "sample.py": "--steps 2",
     "evaluate.py": "--steps 1 --limit 1",
+    "evaluate.py --race": "--race lap --seeds 0 --minutes 0.001 --suite geneval --steps 1 --limit 1 --batch-size 4",
     "bench.py": "attention --seconds 0.001",
 }
 
@@ -71,7 +73,7 @@ def test_the_readme_has_the_commands_that_were_asked_for():
 def test_command(command, workplace):
     """In the order of the README: a later command may use what an earlier one has made."""
     words = shlex.split(command)
-    kind = next((flag for flag in ("--resume", "--expert") if flag in words), "")
+    kind = next((flag for flag in ("--resume", "--expert", "--bridge", "--race") if flag in words), "")
     short = SHORT.get(f"{words[1]} {kind}".strip(), "")
     environment = os.environ | {"HF_HUB_CACHE": str(workplace / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, *words[1:], *short.split()], cwd=workplace, env=environment, capture_output=True,
