@@ -245,7 +245,9 @@ def bench_train(args, device: torch.device, dtype: torch.dtype, peak: float) -> 
             cached()
     events = {event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
               for event in profile.key_averages()}  # fmt: skip
-    products = sum(us for key, us in events.items() if any(word in key for word in ("mm", "attention", "gemm", "conv")))
+    products = sum(
+        us for key, us in events.items() if any(word in key for word in ("mm", "attention", "softmax", "gemm", "conv"))
+    )
     print(
         f"training step of the tiny expert: {products / sum(events.values()):.0%} of the time in matrix products and attention"
     )

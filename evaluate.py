@@ -419,13 +419,16 @@ LEGS = 4  # a run is scored so many times on its way
 ON_THE_WAY = (("geneval", 8), ("languages", 2))  # suites, and prompts of each row
 
 
-def train_racer(args: argparse.Namespace, racer: str, seed: int, steps: int, folder: Path, flags: list[str]) -> dict:
-    """One run of the race, gone on with where it stopped. racer: a bridge, and flags of train.py: "lap:stride=1". -> what it
-    took, and its scores on the way. JSON."""
+def flags_of(racer: str) -> list[str]:
+    """A bridge with flags of its own, "lap:stride=1", as train.py takes them."""
     bridge, *options = racer.split(":")
-    own = [part for option in options for part in f"--{option}".split("=", 1)]
-    save_every = ["--save-every", str(steps // LEGS), "--sample-every", str(steps)]
-    given = ["--bridge", bridge, *own, "--seed", str(seed), "--steps", str(steps), "--out", str(folder), *save_every, *flags]
+    return ["--bridge", bridge, *(part for option in options for part in f"--{option}".split("=", 1))]
+
+
+def train_racer(args: argparse.Namespace, racer: str, seed: int, steps: int, folder: Path, flags: list[str]) -> dict:
+    """One run of the race, gone on with where it stopped. -> what it took, and its scores on the way. JSON."""
+    legs = ["--steps", str(steps), "--save-every", str(steps // LEGS), "--sample-every", str(steps)]
+    given = [*flags_of(racer), "--seed", str(seed), "--out", str(folder), *legs, *flags]
     path, log = folder / "race.json", {"curve": []}
     if (folder / "train_state.safetensors").exists():
         given = ["--resume", "--out", str(folder)]
@@ -470,8 +473,8 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
             if "suites" not in log:
                 args.ckpt, args.versus, args.suite, args.out = str(folder), None, suites, folder
                 log["suites"] = evaluate_shapes(args, open_runs(args))[args.ckpt]
-                write_json(folder / "race.json", log | {"racer": racer, "seed": seed, "folder": str(folder)})
-    logs = [json.loads(path.read_text("utf-8")) for path in sorted(out.glob("*/race.json"))]
+                write_json(folder / "race.json", log | {"racer": racer, "seed": seed})
+    logs = [json.loads(path.read_text("utf-8")) | {"folder": str(path.parent)} for path in sorted(out.glob("*/race.json"))]
     table = race_table(logs := [log for log in logs if "suites" in log])
     write_json(out / "table.json", table)
     print_race(table)
@@ -481,9 +484,7 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
 
 def steps_in(racer: str, minutes: float, flags: list[str]) -> int:
     """How many steps a racer does in so many minutes here, a multiple of LEGS."""
-    bridge, *options = racer.split(":")
-    own = [part for option in options for part in f"--{option}".split("=", 1)]
-    run = train.prepare(train.parse_args(["--bridge", bridge, *own, "--out", tempfile.mkdtemp(), *flags]), {}, {})
+    run = train.prepare(train.parse_args([*flags_of(racer), "--out", tempfile.mkdtemp(), *flags]), {}, {})
     times = []
     for captions, pictures in train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, 0):
         started = time.perf_counter()
