@@ -71,13 +71,6 @@ class Context:
     text: Tensor | None = None
     distinct: "tuple[Context, Tensor] | None" = None
 
-    def take(self, rows: Tensor) -> "Context":
-        """These rows of the batch."""
-        parts = ([x[rows] for x in xs] for xs in (self.keys, self.values, self.hidden))
-        keys, values, hidden = parts
-        tokens, text = (None if x is None else x[rows] for x in (self.tokens, self.text))
-        return Context(keys, values, self.lengths[rows], hidden, tokens, text)
-
     def concat(self, other: "Context") -> "Context":
         """Both batches as one, padded to the longer: for the two branches of guidance."""
 
