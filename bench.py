@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -215,13 +216,16 @@ def training_run(args, *flags: str) -> train.Run:
     return train.prepare(train.parse_args([*llm, "--out", tempfile.mkdtemp(), "--device", args.device, *flags]), {}, {})
 
 
+PRODUCTS = ("mm", "attention", "softmax", "gemm", "conv")  # in the names of operators
+
+
 def bench_train(args, device: torch.device, dtype: torch.dtype, peak: float) -> list[dict]:
     """Images per second of whole training steps, on the same stream of captions."""
     run, rows = training_run(args), []
     stream = train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, 0)
 
-    def cached() -> None:
-        train.train_step(run, run.expert, *next(stream))
+    def cached(predict: Callable = run.expert) -> None:
+        train.train_step(run, predict, *next(stream))
 
     def each_step() -> None:
         captions, pictures = next(stream)
@@ -232,6 +236,8 @@ def bench_train(args, device: torch.device, dtype: torch.dtype, peak: float) -> 
         train.train_step(run, lambda x, t, _: joint_forward(run.llm, run.expert, x, t, captions), captions, pictures)
 
     ways = {"joint forward at every step": joint, "LLM at every step": each_step, "caption cache": cached}
+    if args.compile:
+        ways["caption cache, compiled"] = partial(cached, torch.compile(run.expert))
     result = timed(ways, device, 30 * args.seconds)
     tokens = run.args.batch_size * (run.args.image_size // run.args.patch) ** 2
     flops = 6 * sum(p.numel() for p in run.expert.parameters() if p.dim() == 2) * tokens  # the expert's matrices, 3 products
@@ -240,17 +246,14 @@ def bench_train(args, device: torch.device, dtype: torch.dtype, peak: float) -> 
                      "images/s": 1000 * run.args.batch_size / time_ms["ms"],
                      "this / cache": time_ms["ms"] / result["caption cache"]["ms"],
                      "of peak": flops / time_ms["ms"] / 1e9 / peak})  # fmt: skip
-    with torch.profiler.profile() as profile:
-        for _ in range(5):
-            cached()
-    events = {event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-              for event in profile.key_averages()}  # fmt: skip
-    products = sum(
-        us for key, us in events.items() if any(word in key for word in ("mm", "attention", "softmax", "gemm", "conv"))
-    )
-    print(
-        f"training step of the tiny expert: {products / sum(events.values()):.0%} of the time in matrix products and attention"
-    )
+    for name in [name for name in ways if name.startswith("caption cache")]:
+        with torch.profiler.profile() as profile:
+            for _ in range(5):
+                ways[name]()
+        events = {event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+                  for event in profile.key_averages()}  # fmt: skip
+        products = sum(us for key, us in events.items() if any(word in key for word in PRODUCTS))
+        print(f"a training step, {name}: {products / sum(events.values()):.0%} of it in matrix products and attention")
     if args.mirror:
         copy = training_run(args, "--expert", "mirror")
         captions = train.batches(copy.source, copy.llm, run.args.batch_size, run.args.draws, 0)
