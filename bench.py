@@ -253,7 +253,7 @@ def bench_train(args, device: torch.device, dtype: torch.dtype, peak: float) -> 
         events = {event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
                   for event in profile.key_averages()}  # fmt: skip
         products = sum(us for key, us in events.items() if any(word in key for word in PRODUCTS))
-        print(f"a training step, {name}: {products / sum(events.values()):.0%} of it in matrix products and attention")
+        print(f"{name}: {products / sum(events.values()):.0%} of the time in matrix products and attention")
     if args.mirror:
         copy = training_run(args, "--expert", "mirror")
         captions = train.batches(copy.source, copy.llm, run.args.batch_size, run.args.draws, 0)
