@@ -192,12 +192,32 @@ class Prepending(ImageExpert):
     `text` makes the text tokens out of a Context, (B, T, D); or (B, T, (blocks + 1) D), of which the first D are the tokens and
     the others are added to them after each block. Text tokens get the sine-cosine table of their places.
     states: the hidden states that it reads (see FrozenLLM.keep), of width text_width. text_layers: only the shapes of heads.
+
+    Deviation: hidden states are normed and then standardized, each dimension by its mean and deviation over some captions. Of
+    the energy of gemma-3-270m's middle layers 97 % lies in 4 dimensions of 640, nearly the same for every token (massive
+    activations, Sun et al. 2024): after a norm alone, what tells words apart is too faint to learn from.
     """
 
     def __init__(self, text_layers: list[dict], states: list[int], text_width: int, **options):
         super().__init__(text_layers, **options)
         self.config |= {"states": states, "text_width": text_width}
         self.reads, self.states = [], states
+        self.register_buffer("mean", torch.zeros(len(states), text_width))
+        self.register_buffer("deviation", torch.ones(len(states), text_width))
+
+    @torch.no_grad()
+    def measure(self, llm: FrozenLLM, captions: list[str]) -> None:
+        """Take mean and deviation from these captions."""
+        self.attach(llm)
+        context = llm.context(captions)
+        valid = torch.arange(context.hidden[0].shape[1], device=llm.device) < context.lengths[:, None]  # (B, T)
+        for i, hidden in enumerate(context.hidden):
+            x = rms_norm(hidden[valid].float())
+            self.mean[i], self.deviation[i] = x.mean(0), x.std(0) + 0.01
+
+    def standardized(self, context: Context) -> list[Tensor]:
+        """The hidden states, (B, T, text_width) each."""
+        return [(rms_norm(x.float()) - m) / d for x, m, d in zip(context.hidden, self.mean, self.deviation)]
 
     def text(self, context: Context) -> Tensor:
         raise NotImplementedError
@@ -245,7 +265,7 @@ class Dense(Prepending):
 
 
 class HiddenStates(Prepending):
-    """Hidden states, each normed and projected. One of them: the usual text encoder, with the last layer's or the one's before
+    """Hidden states, each projected. One of them: the usual text encoder, with the last layer's or the one's before
     (UniFusion, section 2.1). One for the input and one for every block: hidden-state injection (the same section).
 
     Deviation for injection: the projection, because the tower is narrower than the LLM; and its blocks may be fewer than the
@@ -257,7 +277,7 @@ class HiddenStates(Prepending):
         self.project = nn.ModuleList(nn.Linear(self.config["text_width"], self.width) for _ in self.states)
 
     def text(self, context: Context) -> Tensor:
-        return torch.cat([project(rms_norm(x.float())) for project, x in zip(self.project, context.hidden)], dim=-1)
+        return torch.cat([project(x) for project, x in zip(self.project, self.standardized(context))], dim=-1)
 
 
 class Encoder(nn.Module):
@@ -297,7 +317,7 @@ class LayerPooling(nn.Module):
 
     def forward(self, hidden: list[Tensor]) -> Tensor:
         """hidden[i] (B, T, d) -> (B, T, D)."""
-        x = self.enter(torch.stack([rms_norm(x.float()) for x in hidden], dim=2)) + self.place  # (B, T, layers, D)
+        x = self.enter(torch.stack(hidden, dim=2)) + self.place  # (B, T, layers, D)
         tokens = x.flatten(0, 1)  # (B T, layers, D)
         tokens = self.across(tokens, torch.full((len(tokens),), tokens.shape[1], device=x.device))
         return self.pool(tokens.flatten(1)).unflatten(0, x.shape[:2])
@@ -317,7 +337,8 @@ class LayerwisePooling(Prepending):
         self.refine = Encoder(self.width, 2 if refiner else 0)
 
     def text(self, context: Context) -> Tensor:
-        return torch.cat([self.refine(pool(context.hidden), context.lengths) for pool in self.pools], dim=-1)
+        hidden = self.standardized(context)
+        return torch.cat([self.refine(pool(hidden), context.lengths) for pool in self.pools], dim=-1)
 
 
 class MetaQueries(Prepending):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from bridges import BRIDGES, ON_HIDDEN_STATES, MirrorTower, build_bridge
 from data import Emoji, Folder, Shapes, open_source
 from flow import flow_loss, sample_time
-from model import FrozenLLM, ImageExpert, Tower, load_llm, read_safetensors
+from model import ExpertBlock, FrozenLLM, Tower, load_llm, read_safetensors
 from sample import (
     OneLineParser,
     add_thinking,
@@ -166,7 +166,7 @@ def settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict]:
     return merged, metadata, tensors
 
 
-def build_expert(args: argparse.Namespace, llm: FrozenLLM) -> Tower:
+def build_expert(args: argparse.Namespace, llm: FrozenLLM, source) -> Tower:
     made_for = {"llm": args.llm, "llm_revision": llm.revision, "llm_fingerprint": llm.fingerprint,
                 "random_llm": args.seed if args.random_llm else None, "template": llm.template, "expose": llm.expose,
                 "thinking": llm.thinking, "data": args.data}  # fmt: skip
@@ -176,8 +176,11 @@ def build_expert(args: argparse.Namespace, llm: FrozenLLM) -> Tower:
     torch.manual_seed(args.seed)
     if args.expert == "mirror":
         return MirrorTower.beside(llm, args.init, checkpointing=args.checkpointing, **shared)
-    return build_bridge(args.bridge, llm, args.width, args.depth, args.heads, args.layers, args.hidden_state, args.stride,
-                        not args.no_refiner, args.per_layer, args.queries, **shared)  # fmt: skip
+    expert = build_bridge(args.bridge, llm, args.width, args.depth, args.heads, args.layers, args.hidden_state, args.stride,
+                          not args.no_refiner, args.per_layer, args.queries, **shared)  # fmt: skip
+    if expert.states:
+        expert.measure(llm, [source.example(i, 1)[0] for i in range(LOOK_AHEAD)])
+    return expert
 
 
 def batches(source, llm: FrozenLLM, batch_size: int, draws: int, start: int) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -194,12 +197,14 @@ def batches(source, llm: FrozenLLM, batch_size: int, draws: int, start: int) -> 
 
 
 def build_optimizers(expert: Tower, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the tiny expert's blocks (Jordan et al. 2024), AdamW for all else. Every parameter, once.
+    """Muon for the matrices of the tiny expert's blocks and of its bridge's (Jordan et al. 2024), AdamW for all else. Every
+    parameter, once.
 
     Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both (Liu et al. 2025, section 2.2). A
     copy of the LLM trains with AdamW alone, as in the papers: its large matrices make Muon's orthogonalization too dear.
     """
-    matrices = [p for p in expert.blocks.parameters() if p.dim() == 2] if isinstance(expert, ImageExpert) else []
+    blocks = [block for block in expert.modules() if isinstance(block, ExpertBlock)]
+    matrices = [p for block in blocks for p in block.parameters() if p.dim() == 2]
     taken = {id(p) for p in matrices}
     others = [p for p in expert.parameters() if id(p) not in taken]
     fused = others[0].device.type in ("cpu", "cuda")
@@ -235,7 +240,7 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
                    args.bridge in ON_HIDDEN_STATES)  # fmt: skip
     llm.read(before.get("template") or (llm.chat(args.template) if args.chat else args.template), args.expose)
     llm.think(*before.get("thinking") or thinking_of(llm, args) or [None])
-    expert = build_expert(args, llm).to(device)
+    expert = build_expert(args, llm, source).to(device)
     expert.attach(llm)
     Path(args.out).mkdir(parents=True, exist_ok=True)  # nothing is written before everything is there
     ema = type(expert)(**expert.config).to(device).requires_grad_(False)

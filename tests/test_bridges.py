@@ -155,7 +155,7 @@ def test_what_trains_and_what_is_frozen(name, llm_folder, tmp_path):
     )
     for _, batch in zip(range(3), train.batches(run.source, run.llm, 8, run.args.draws, 0)):
         train.train_step(run, run.expert, *batch)
-    still = [key for key, value in run.expert.state_dict().items() if torch.equal(value, start[key])]
+    still = [key for key, value in run.expert.named_parameters() if torch.equal(value, start[key])]
     assert not still, f"these did not move: {still}"
     assert fingerprint(run.llm.model) == before and not any(p.requires_grad for p in run.llm.model.parameters())
     train.save_run(run)
@@ -164,6 +164,17 @@ def test_what_trains_and_what_is_frozen(name, llm_folder, tmp_path):
     llm = llm_of(loaded, None, CPU, torch.float32)
     pictures = draw(loaded, llm, ["a red circle"], [0], steps=2)
     assert (pictures == draw(run.ema, run.llm, ["a red circle"], [0], steps=2)).all()
+
+
+def test_hidden_states_are_standardized_over_real_tokens_alone(tiny_llm):
+    llm = tiny_llm("deep")
+    tower = bridge("lap", llm)
+    tower.measure(llm, CAPTIONS)
+    context = llm.context(CAPTIONS)
+    valid = torch.arange(context.hidden[0].shape[1]) < context.lengths[:, None]
+    for x in tower.standardized(context):
+        deviation = x[valid].std(0)  # 1 but for the small number that keeps a still dimension from being blown up
+        assert x[valid].mean(0).abs().max() < 1e-4 and deviation.max() <= 1 and deviation.mean() > 0.9
 
 
 def test_what_the_text_takes_is_done_once_for_a_drawing(tiny_llm, monkeypatch):
