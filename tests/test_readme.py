@@ -26,7 +26,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "train.py --bridge": "--steps 1 --batch-size 4",
     "sample.py": "--steps 2",
     "evaluate.py": "--steps 1 --limit 1",
-    "evaluate.py --race": "--race lap --seeds 0 --minutes 0.001 --suite geneval --steps 1 --limit 1 --batch-size 4",
+    "evaluate.py --race": "--race lap --seeds 0 --minutes 0.001 --suite geneval --steps 1 --limit 1 --batch-size 4 --width 64",
     "bench.py": "attention --seconds 0.001",
 }
 
