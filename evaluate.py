@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
-from math import sqrt
+from math import ceil, sqrt
 from pathlib import Path
 from statistics import median
 
@@ -544,14 +544,15 @@ def race_picture(table: dict, folders: dict[str, str], steps: int) -> Image.Imag
     ink, width = ImageDraw.Draw(sheet), (top.width - 150) // 4
     for panel, (suite, unit) in enumerate((suite, unit) for suite, _ in ON_THE_WAY for unit in ("images", "minutes")):
         left, bottom = 20 + panel * width, top.height + 260
-        most = max(point[unit] for line in table.values() for curve in line["curves"] for point in curve)
+        points = [point for line in table.values() for curve in line["curves"] for point in curve]
+        most, best = (max(point[key] for point in points) for key in (unit, suite))
+        best = ceil(10 * best + 0.1) / 10  # the top of the panel: the next tenth
         ink.rectangle((left, bottom - 200, left + width - 40, bottom), outline="#bbbbbb")
-        ink.text(
-            (left, bottom - 218), f"{suite}, 0 to 1, against {unit}, to {most:,.0f}", fill="black", font=caption_font("", 11)
-        )
+        title = f"{suite}, to {best:.1f}, against {unit}, to {most:,.0f}"
+        ink.text((left, bottom - 218), title, fill="black", font=caption_font("", 11))
         for color, line in zip(INKS, table.values()):
             for curve in line["curves"]:
-                places = [(left + (width - 40) * point[unit] / most, bottom - 200 * point[suite]) for point in curve]
+                places = [(left + (width - 40) * point[unit] / most, bottom - 200 * point[suite] / best) for point in curve]
                 ink.line([(left, bottom), *places], fill=color, width=2)
     for i, (color, racer) in enumerate(zip(INKS, table)):
         ink.text((20 + 4 * width, top.height + 50 + 20 * i), racer, fill=color, font=caption_font("", 12))
