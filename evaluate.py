@@ -416,6 +416,7 @@ def print_ranks(name: str, result: dict) -> None:
 # the race: every bridge with the same data, pictures and seeds
 
 LEGS = 4  # a run is scored so many times on its way
+WARM_UP = 8  # steps before a racer's speed is taken
 ON_THE_WAY = (("geneval", 8), ("languages", 2))  # suites, and prompts of each row
 
 
@@ -460,7 +461,7 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
     out = Path(args.out or "runs/race")
     plan = out / "race.json"
     if not plan.exists():
-        steps = steps_in(args.race[0], args.minutes, flags)
+        steps = max(1, round(60 * args.minutes * measure_speed(args.race[0], flags)[0] / LEGS)) * LEGS
         out.mkdir(parents=True, exist_ok=True)
         write_json(plan, {"steps": steps, "minutes": args.minutes, "of": args.race[0]})
     steps = json.loads(plan.read_text("utf-8"))["steps"]
@@ -475,28 +476,30 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
                 log["suites"] = evaluate_shapes(args, open_runs(args))[args.ckpt]
                 write_json(folder / "race.json", log | {"racer": racer, "seed": seed})
     logs = [json.loads(path.read_text("utf-8")) | {"folder": str(path.parent)} for path in sorted(out.glob("*/race.json"))]
-    table = race_table(logs := [log for log in logs if "suites" in log])
+    logs = [log for log in logs if "suites" in log]
+    speeds = {racer: measure_speed(racer, flags) for racer in dict.fromkeys(log["racer"] for log in logs)}
+    table = race_table(logs, speeds)
     write_json(out / "table.json", table)
     print_race(table)
     race_picture(table, {log["racer"]: log["folder"] for log in reversed(logs)}, args.steps).save(out / "race.png")
     print(f"{out / 'table.json'}, and race.png beside it: the same prompts for all, and how the scores grew")
 
 
-def steps_in(racer: str, minutes: float, flags: list[str]) -> int:
-    """How many steps a racer does in so many minutes here, a multiple of LEGS."""
+def measure_speed(racer: str, flags: list[str]) -> tuple[float, int]:
+    """Steps per second of a racer here and now, over one look-ahead of captions; and pictures a step."""
     run = train.prepare(train.parse_args([*flags_of(racer), "--out", tempfile.mkdtemp(), *flags]), {}, {})
-    times = []
     for captions, pictures in train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, 0):
-        started = time.perf_counter()
+        if run.step == WARM_UP:
+            started = time.perf_counter()
+        elif run.step == WARM_UP + train.LOOK_AHEAD:
+            return train.LOOK_AHEAD / (time.perf_counter() - started), run.args.batch_size
         train.train_step(run, run.expert, captions, pictures)
-        times.append(time.perf_counter() - started)
-        if len(times) == 30:
-            return max(1, round(60 * minutes / median(times[10:]) / LEGS)) * LEGS
 
 
-def race_table(logs: list[dict]) -> dict:
-    """racer -> parameters, images per second (in the fastest leg: in others the machine may have been busy), the LLM's share,
-    of each suite the mean over rows and seeds with Wilson's interval and the score of each seed, and the curves. JSON."""
+def race_table(logs: list[dict], speeds: dict[str, tuple[float, int]]) -> dict:
+    """racer -> parameters, images per second, the LLM's share, of each suite the mean over rows and seeds with Wilson's
+    interval and the score of each seed, and the curves: against images, and minutes at that speed. speeds: see measure_speed.
+    """
     table = {}
     for racer in dict.fromkeys(log["racer"] for log in logs):
         mine = [log for log in logs if log["racer"] == racer]
@@ -508,7 +511,7 @@ def race_table(logs: list[dict]) -> dict:
             if suite == "position":
                 suites[suite] |= {name: mean_of_rows([x for n, x in rows if n == name])["score"] for name in ("early", "late")}
         legs = [point for log in mine for point in log["curve"]]
-        rate = max(point["images_per_second"] for point in legs)
+        rate = speeds[racer][0] * speeds[racer][1]
         curves = [[point | {"minutes": point["images"] / rate / 60} for point in log["curve"]] for log in mine]
         table[racer] = {"parameters": mine[0]["parameters"], "images": legs[-1]["images"], "images/s": rate,
                         "llm_share": min(point["llm_share"] for point in legs), "seeds": [log["seed"] for log in mine],

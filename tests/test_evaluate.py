@@ -272,6 +272,7 @@ def test_the_race_goes_on_where_it_stopped(llm_folder, tmp_path, monkeypatch, ca
     assert set(table) == {"mot", "last:hidden-state=2"} and len({line["images"] for line in table.values()}) == 1
     for line in table.values():
         assert line["seeds"] == [1] and [len(curve) for curve in line["curves"]] == [evaluate.LEGS]
+        assert line["curves"][0][-1]["minutes"] == line["images"] / line["images/s"] / 60 > 0
         assert set(line["suites"]) == {"geneval", "position"} and {"early", "late"} <= set(line["suites"]["position"])
     assert Image.open(tmp_path / "race" / "race.png").width > 1000
     assert "last:hidden-state=2" in capsys.readouterr().out
