@@ -542,9 +542,11 @@ def race_picture(table: dict, folders: dict[str, str], steps: int) -> Image.Imag
         pictures = draw(expert, llm, [prompt.text for prompt in prompts], list(range(len(prompts))), steps)
         lines[racer] = [(x, p.text, grade(p, x).reason is None) for p, x in zip(prompts, pictures)]
     top = picture_table([("", lines)])
-    sheet = Image.new("RGB", (top.width, top.height + 300), "white")
+    legend, width = caption_font("", 12), (top.width - 150) // 4
+    longest = ceil(max(map(legend.getlength, table)))
+    sheet = Image.new("RGB", (max(top.width, 4 * width + 40 + longest), top.height + 300), "white")
     sheet.paste(top, (0, 0))
-    ink, width = ImageDraw.Draw(sheet), (top.width - 150) // 4
+    ink = ImageDraw.Draw(sheet)
     for panel, (suite, unit) in enumerate((suite, unit) for suite, _ in ON_THE_WAY for unit in ("images", "minutes")):
         left, bottom = 20 + panel * width, top.height + 260
         points = [point for line in table.values() for curve in line["curves"] for point in curve]
@@ -558,7 +560,7 @@ def race_picture(table: dict, folders: dict[str, str], steps: int) -> Image.Imag
                 places = [(left + (width - 40) * point[unit] / most, bottom - 200 * point[suite] / best) for point in curve]
                 ink.line([(left, bottom), *places], fill=color, width=2)
     for i, (color, racer) in enumerate(zip(INKS, table)):
-        ink.text((20 + 4 * width, top.height + 50 + 20 * i), racer, fill=color, font=caption_font("", 12))
+        ink.text((20 + 4 * width, top.height + 50 + 20 * i), racer, fill=color, font=legend)
     return sheet
 
 
