@@ -248,14 +248,14 @@ def lay_out(scene: Scene, rng: np.random.Generator) -> list[Thing]:
 
 
 class Shapes:
-    """Scenes of one to four coloured shapes with English captions, drawn on the fly."""
+    """Scenes of one to four coloured shapes with English captions, drawn on the fly. one_object: a single one in each."""
 
     prompts = ("a red circle", "a green star", "a photo of three small teal stars", "a red circle left of a blue square",
                "a yellow heart above a green cross", "the heart is to the left of the gold ring",
                "two white diamonds and a black triangle", "a ring that is purple")  # fmt: skip
 
-    def __init__(self, image_size: int, seed: int = 0):
-        self.image_size, self.seed = image_size, seed
+    def __init__(self, image_size: int, seed: int = 0, one_object: bool = False):
+        self.image_size, self.seed, self.one_object = image_size, seed, one_object
 
     def _group(self, count: int, colorless: float, rng: np.random.Generator) -> Group:
         canonical = rng.random() < 2 / 3
@@ -268,7 +268,7 @@ class Shapes:
         while True:
             kind = rng.random()
             relation = None
-            if kind < 0.38:  # one object
+            if kind < 0.38 or self.one_object:
                 counts = (1,)
             elif kind < 0.54:  # two to four of a kind
                 counts = (int(rng.integers(2, 5)),)
@@ -428,11 +428,11 @@ class Folder:
 
 
 def open_source(
-    name: str, image_size: int, seed: int = 0, font: str | None = None, variants: bool = False
+    name: str, image_size: int, seed: int = 0, one_object: bool = False, font: str | None = None, variants: bool = False
 ) -> Shapes | Emoji | Folder:
     """ "shapes", "emoji" (with its font, and whether variants are taken) or a folder's path -> a source of examples."""
     if name == "shapes":
-        return Shapes(image_size, seed)
+        return Shapes(image_size, seed, one_object)
     if name == "emoji":
         return Emoji(image_size, seed, font, variants)
     if Path(name).is_dir():

@@ -66,14 +66,15 @@ class Prompt:
     rgb: tuple[int, int, int] | None = None  # where the colour asked for is exact, and no word of data.COLORS
 
 
-def read_suite(name: str, limit: int | None = None, only: list[str] | None = None) -> list[Prompt]:
-    """The prompts of a suite; with a limit, the first so many of each row; or of some rows only."""
+def read_suite(name: str, limit: int | None = None, only: list[str] | None = None, one: bool = False) -> list[Prompt]:
+    """The prompts of a suite; with a limit, the first so many of each row; of some rows only; or those for one object."""
     rows: dict[str, list[Prompt]] = {}
     for line in (PROMPTS / f"{name}.jsonl").read_text("utf-8").splitlines():
         record = json.loads(line)
         scene = Scene(tuple(Group(*group) for group in record["groups"]), record.get("relation"))
         rgb = tuple(record["rgb"]) if "rgb" in record else None
-        rows.setdefault(record["row"], []).append(Prompt(record["row"], record["prompt"], scene, rgb))
+        if not one or sum(group.count for group in scene.groups) == 1:
+            rows.setdefault(record["row"], []).append(Prompt(record["row"], record["prompt"], scene, rgb))
     if unknown := [row for row in only or () if row not in rows]:
         raise ValueError(f"--rows {unknown[0]}: the rows of {name} are {', '.join(rows)}")
     return [prompt for row in only or rows for prompt in rows[row][:limit]]
@@ -417,7 +418,7 @@ def print_ranks(name: str, result: dict) -> None:
 
 LEGS = 4  # a run is scored so many times on its way
 WARM_UP = 8  # steps before a racer's speed is taken
-ON_THE_WAY = (("geneval", 8), ("languages", 2))  # suites, and prompts of each row
+ON_THE_WAY = (("geneval", 8), ("languages", 4))  # suites, and prompts of each row
 
 
 def flags_of(racer: str) -> list[str]:
@@ -443,7 +444,7 @@ def train_racer(args: argparse.Namespace, racer: str, seed: int, steps: int, fol
         if run.step < target:  # it may have been stopped after its training, before its scores
             train.train(run, target)
         for suite, limit in ON_THE_WAY:
-            prompts = read_suite(suite, min(limit, args.limit or limit))
+            prompts = read_suite(suite, min(limit, args.limit or limit), one=run.args.one_object)
             pictures = draw(run.ema, run.llm, [prompt.text for prompt in prompts], list(range(len(prompts))), args.steps)
             grades = [grade(prompt, picture) for prompt, picture in zip(prompts, pictures)]
             scores[suite] = summarize(suite, prompts, grades)["mean"]["score"]
@@ -457,7 +458,8 @@ def train_racer(args: argparse.Namespace, racer: str, seed: int, steps: int, fol
 
 def race(args: argparse.Namespace, flags: list[str]) -> None:
     """Train every racer with every seed, for as many steps as the first of them does in --minutes, and score all suites; then
-    one table and one picture of all that lies in the folder. What is finished is not done again. flags: for train.py."""
+    one table and one picture of all that lies in the folder. What is finished is not done again: of a run, race.json and
+    drawn.png are all that is needed then. flags: for train.py."""
     out = Path(args.out or "runs/race")
     plan = out / "race.json"
     if not plan.exists():
@@ -470,19 +472,29 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
     for seed in args.seeds:
         for racer in args.race:
             folder = out / f"{racer.replace(':', '-').replace('=', '-').replace('/', '-')}-seed{seed}"
-            log = train_racer(args, racer, seed, steps, folder, flags)
-            if "suites" not in log:
+            if not (folder / "drawn.png").exists():
+                log = train_racer(args, racer, seed, steps, folder, flags)
                 args.ckpt, args.versus, args.suite, args.out = str(folder), None, suites, folder
-                log["suites"] = evaluate_shapes(args, open_runs(args))[args.ckpt]
+                runs = open_runs(args)
+                log["suites"] = evaluate_shapes(args, runs)[args.ckpt]
                 write_json(folder / "race.json", log | {"racer": racer, "seed": seed})
-    logs = [json.loads(path.read_text("utf-8")) | {"folder": str(path.parent)} for path in sorted(out.glob("*/race.json"))]
-    logs = [log for log in logs if "suites" in log]
-    speeds = {racer: measure_speed(racer, flags) for racer in dict.fromkeys(log["racer"] for log in logs)}
-    table = race_table(logs, speeds)
+                draw_shown(*runs[0][1:], args.steps).save(folder / "drawn.png")
+    folders = [path.parent for path in sorted(out.glob("*/drawn.png"))]
+    logs = [json.loads((folder / "race.json").read_text("utf-8")) for folder in folders]
+    table = race_table(logs, race_speeds(plan, list(dict.fromkeys(log["racer"] for log in logs)), flags))
     write_json(out / "table.json", table)
     print_race(table)
-    race_picture(table, {log["racer"]: log["folder"] for log in reversed(logs)}, args.steps).save(out / "race.png")
+    shown = {log["racer"]: folder for log, folder in reversed(list(zip(logs, folders)))}
+    race_picture(table, shown, "--one-object" in flags).save(out / "race.png")
     print(f"{out / 'table.json'}, and race.png beside it: the same prompts for all, and how the scores grew")
+
+
+def race_speeds(plan: Path, racers: list[str], flags: list[str]) -> dict[str, tuple[float, int]]:
+    """The racers' speeds, measured one after another in one go, so that what a busy hour slows is no bridge's fault."""
+    known = json.loads(plan.read_text("utf-8"))
+    if not set(racers) <= known.get("speeds", {}).keys():
+        write_json(plan, known := known | {"speeds": {racer: measure_speed(racer, flags) for racer in racers}})
+    return known["speeds"]
 
 
 def measure_speed(racer: str, flags: list[str]) -> tuple[float, int]:
@@ -507,9 +519,11 @@ def race_table(logs: list[dict], speeds: dict[str, tuple[float, int]]) -> dict:
         for suite in mine[0]["suites"]:
             rows = [(name, row) for log in mine for name, row in log["suites"][suite]["rows"].items()]
             mean = mean_of_rows([row for name, row in rows if name not in LEFT_OUT.get(suite, ())])
-            suites[suite] = mean | {"seeds": [log["suites"][suite]["mean"]["score"] for log in mine]}
-            if suite == "position":
-                suites[suite] |= {name: mean_of_rows([x for n, x in rows if n == name])["score"] for name in ("early", "late")}
+            scores = [log["suites"][suite] for log in mine]
+            parts = {part: sum(s[part]["score"] for s in scores) / len(mine) for part in ("one object", "two objects")
+                     if part in scores[0]}  # fmt: skip
+            each = {row: sum(s["rows"][row]["score"] for s in scores) / len(mine) for row in scores[0]["rows"]}
+            suites[suite] = mean | {"seeds": [s["mean"]["score"] for s in scores]} | parts | {"rows": each}
         legs = [point for log in mine for point in log["curve"]]
         rate = speeds[racer][0] * speeds[racer][1]
         curves = [[point | {"minutes": point["images"] / rate / 60} for point in log["curve"]] for log in mine]
@@ -531,15 +545,24 @@ def print_race(table: dict) -> None:
 INKS = ("#c23b22", "#1f6fb4", "#2a8c3c", "#8a4fbf", "#d98c00", "#444444", "#00938f", "#b3487f", "#7a6a2f", "#6b8cff")
 
 
-def race_picture(table: dict, folders: dict[str, str], steps: int) -> Image.Image:
+def shown_prompts(one: bool) -> list[Prompt]:
+    """What every racer draws for the picture of the race. one: prompts for one object alone."""
+    rows = [("geneval", None), ("languages", ["Italian", "Spanish", "Chinese", "Japanese", "Hindi"]), ("knowledge", None),
+            ("position", None)]  # fmt: skip
+    return [prompt for suite, only in rows for prompt in read_suite(suite, 1, only, one)]
+
+
+def draw_shown(expert: ImageExpert, llm: FrozenLLM, steps: int) -> Image.Image:
+    """Side by side, without frames."""
+    texts = [prompt.text for prompt in shown_prompts("one_object" in expert.made_for)]
+    return Image.fromarray(np.hstack(draw(expert, llm, texts, list(range(len(texts))), steps)))
+
+
+def race_picture(table: dict, folders: dict[str, Path], one: bool) -> Image.Image:
     """The same prompts and noise, a line for each racer, and below it the scores on the way. folders: racer -> a run of it."""
-    rows = [("geneval", None), ("languages", ["Italian", "Chinese", "Hindi"]), ("position", None)]
-    prompts = [prompt for suite, only in rows for prompt in read_suite(suite, 1, only)]
-    device, lines = pick_device("auto")[0], {}
+    prompts, lines = shown_prompts(one), {}
     for racer in table:
-        expert = load_expert(folders[racer], device)
-        llm = llm_of(expert, None, device, pick_dtype("auto", device)[0])
-        pictures = draw(expert, llm, [prompt.text for prompt in prompts], list(range(len(prompts))), steps)
+        pictures = np.hsplit(np.asarray(Image.open(folders[racer] / "drawn.png")), len(prompts))
         lines[racer] = [(x, p.text, grade(p, x).reason is None) for p, x in zip(prompts, pictures)]
     top = picture_table([("", lines)])
     legend, width = caption_font("", 12), (top.width - 150) // 4
@@ -646,8 +669,9 @@ def write_json(path: Path, content: dict) -> None:
 def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, FrozenLLM]]) -> dict[str, dict]:
     """Score, print and picture the suites of one run or two, and probe the first. -> run -> suite -> scores."""
     results, graded = {name: {} for name, _, _ in runs}, []
+    one = all("one_object" in expert.made_for for _, expert, _ in runs)
     for suite in args.suite:
-        prompts = [prompt for prompt in read_suite(suite, args.limit, args.rows) for _ in range(args.n)]
+        prompts = [prompt for prompt in read_suite(suite, args.limit, args.rows, one) for _ in range(args.n)]
         seeds = [args.seed + i for i in range(len(prompts))]  # a noise of its own for each picture
         drawn = []
         for name, expert, llm in runs:

@@ -52,6 +52,7 @@ RECIPES = {  # what --data and --expert change in the defaults (of a name, the L
     "mirror": {"lr": 3e-4},
 }
 GOES_WITH = {  # flags that mean something only beside another
+    ("data", "shapes"): ("one_object",),
     ("expert", "mirror"): ("init", "checkpointing"),
     ("expert", "tiny"): ("width", "heads", "depth", "layers", "bridge"),
     ("bridge", "mot"): ("layers",),
@@ -74,6 +75,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--chat", action="store_true", help="put it into the model's own chat template, as what the user says")
     add_thinking(parser)
     add("--data", default="shapes", help="shapes, emoji (with defaults of its own: RECIPES), or a folder of captioned pictures")
+    add("--one-object", action="store_true", help="--data shapes with a single object in each: learns in a third of the time")
     add("--emoji-font", metavar="FILE", help="colour font of --data emoji (default: the system's)")
     add("--emoji-variants", action="store_true", help="--data emoji with skin tones, flags and other sequences")
     add(
@@ -170,6 +172,8 @@ def build_expert(args: argparse.Namespace, llm: FrozenLLM, source) -> Tower:
     made_for = {"llm": args.llm, "llm_revision": llm.revision, "llm_fingerprint": llm.fingerprint,
                 "random_llm": args.seed if args.random_llm else None, "template": llm.template, "expose": llm.expose,
                 "thinking": llm.thinking, "data": args.data}  # fmt: skip
+    if args.one_object:
+        made_for["one_object"] = True
     if args.data == "emoji":
         made_for["emoji"] = {"font": args.emoji_font, "variants": args.emoji_variants}
     shared = {"patch": args.patch, "image_size": args.image_size, "prediction": args.prediction, "made_for": made_for}
@@ -233,7 +237,7 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     device, why_device = pick_device(args.device)
     dtype, why_dtype = pick_dtype(args.dtype, device)
     print(f"device {device} ({why_device}); {dtype} ({why_dtype}); seed {args.seed}", flush=True)
-    source = open_source(args.data, args.image_size, args.seed, args.emoji_font, args.emoji_variants)
+    source = open_source(args.data, args.image_size, args.seed, args.one_object, args.emoji_font, args.emoji_variants)
     before = json.loads(metadata["config"])["made_for"] if metadata else {}
     llm = load_llm(args.llm, device, dtype, args.context_cache_mb, args.trust_remote_code,
                    args.seed if args.random_llm else None, before.get("llm_revision"),

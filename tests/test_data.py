@@ -82,6 +82,13 @@ def test_the_stream_is_a_function_of_seed_and_index():
     assert [a.example(i, 1)[0] for i in range(20)] != [other.example(i, 1)[0] for i in range(20)]
 
 
+def test_one_object_is_one_object():
+    scenes = [Shapes(8, 0, one_object=True).caption(i)[1] for i in range(2000)]
+    assert all(len(scene.groups) == 1 and scene.groups[0].count == 1 and not scene.is_held_out() for scene in scenes)
+    assert {scene.groups[0].shape for scene in scenes} == set(SHAPES)
+    assert open_source("shapes", 8, one_object=True).one_object and not open_source("shapes", 8).one_object
+
+
 def test_relations_hold_in_the_pictures():
     """The first named thing has its colour where the caption puts it."""
     from data import Group, Scene, draw_things, lay_out

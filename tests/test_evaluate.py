@@ -42,6 +42,15 @@ def test_the_suites_have_the_rows_that_were_asked_for():
     assert all(held_out) and not any(prompt.scene.is_held_out() for prompt in ALL["geneval"] + ALL["languages"])
 
 
+def test_prompts_for_one_object():
+    """What a run that was trained with --one-object is asked for."""
+    for name in SUITES:
+        ones = read_suite(name, one=True)
+        assert 0 < len(ones) < len(ALL[name]) or name in ("colors", "position")
+        assert ones == [p for p in ALL[name] if len(p.scene.groups) == 1 and p.scene.groups[0].count == 1]
+    assert {p.row for p in read_suite("geneval", one=True)} == {"single object", "colors"}
+
+
 def test_no_prompt_is_a_training_caption():
     """Word for word; nor do captions hold another script, a hex code, or a number beyond the counts."""
     captions = [Shapes(32, seed).caption(i)[0] for seed in range(3) for i in range(10_000)]
@@ -273,7 +282,7 @@ def test_the_race_goes_on_where_it_stopped(llm_folder, tmp_path, monkeypatch, ca
     for line in table.values():
         assert line["seeds"] == [1] and [len(curve) for curve in line["curves"]] == [evaluate.LEGS]
         assert line["curves"][0][-1]["minutes"] == line["images"] / line["images/s"] / 60 > 0
-        assert set(line["suites"]) == {"geneval", "position"} and {"early", "late"} <= set(line["suites"]["position"])
+        assert set(line["suites"]) == {"geneval", "position"} and set(line["suites"]["position"]["rows"]) == {"early", "late"}
     assert Image.open(tmp_path / "race" / "race.png").width > 1000
     assert "last:hidden-state=2" in capsys.readouterr().out
     with pytest.raises(SystemExit):
