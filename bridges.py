@@ -36,6 +36,7 @@ from model import (
     rms_norm,
     sinusoid,
     text_layers,
+    with_cache,
 )
 
 
@@ -138,8 +139,7 @@ class MirrorTower(Tower):
             inputs_embeds=img,
             attention_mask=cache_mask(context, N, img.dtype, causal=False),
             position_ids=position[:, None].expand(B, N),
-            past_key_values=ReadOnlyCache(context, self.reads),
-            use_cache=True,
+            **with_cache(self.decoder, ReadOnlyCache(context, self.reads)),
         ).last_hidden_state
 
     def forward(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
@@ -370,8 +370,7 @@ class MetaQueries(Prepending):
                 inputs_embeds=self.queries.to(model.dtype).expand(B, -1, -1),
                 attention_mask=cache_mask(context, N, model.dtype, causal=True),
                 position_ids=position.expand(B, N),
-                past_key_values=ReadOnlyCache(context, self.reads),
-                use_cache=True,
+                **with_cache(model, ReadOnlyCache(context, self.reads)),
             ).last_hidden_state
         x = self.project(rms_norm(said.float()))
         return rms_norm(self.connect(x, torch.full((B,), N, device=x.device)))

@@ -8,6 +8,7 @@ expert attends to them and to its own image tokens in one softmax. That cache is
 
 import copy
 import hashlib
+import inspect
 import json
 import os
 import tempfile
@@ -127,6 +128,12 @@ class CacheUpTo(DynamicCache):
         return everything
 
 
+def with_cache(model, cache: DynamicCache) -> dict:
+    """A cache as the argument that this model takes it by: transformers 5.24 renamed it."""
+    new = "cache" in inspect.signature(model.forward).parameters
+    return {"cache" if new else "past_key_values": cache, "use_cache": True}
+
+
 class FrozenLLM:
     """Any Hugging Face decoder, frozen: captions in, `Context` out. Holds no trainable parameter and saves nothing.
 
@@ -158,7 +165,7 @@ class FrozenLLM:
         causal model's valid tokens never see what stands to their right."""
         cache = CacheUpTo(self.model.config, last)
         with suppress(Enough):
-            out = self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, **more)
+            out = self.model.base_model(input_ids=ids, **with_cache(self.model.base_model, cache), **more)
             cache.hidden = out.get("hidden_states") or ()
         return cache
 
@@ -301,9 +308,10 @@ class FrozenLLM:
 
         stop = [] if self.tokenizer.chat_template else [at_line_end]
         prompt = torch.tensor([ids], device=self.device)
-        out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, stopping_criteria=stop,
-                                  do_sample=False, num_beams=1, max_new_tokens=min(tokens, room), pad_token_id=0,
-                                  return_dict_in_generate=True, output_hidden_states=bool(self.kept_hidden))  # fmt: skip
+        out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **with_cache(self.model, cache),
+                                  stopping_criteria=stop, do_sample=False, num_beams=1, max_new_tokens=min(tokens, room),
+                                  pad_token_id=0, return_dict_in_generate=True,
+                                  output_hidden_states=bool(self.kept_hidden))  # fmt: skip
         self.written[caption] = self.tokenizer.decode(out.sequences[0, len(ids) :], skip_special_tokens=True).strip()
         length = cache.get_seq_length()  # all but the last token, which the model has not read
         if self.kept_hidden:
