@@ -129,9 +129,10 @@ class CacheUpTo(DynamicCache):
 
 
 def with_cache(model, cache: DynamicCache) -> dict:
-    """A cache as the argument that this model takes it by: transformers 5.24 renamed it."""
-    new = "cache" in inspect.signature(model.forward).parameters
-    return {"cache" if new else "past_key_values": cache, "use_cache": True}
+    """A cache as the argument that this model takes it by: transformers 5.24 renamed it, a model's own code may not have."""
+    old = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24)
+    old = old or "past_key_values" in inspect.signature(model.forward).parameters
+    return {"past_key_values" if old else "cache": cache, "use_cache": True}
 
 
 class FrozenLLM:

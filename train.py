@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--chat", action="store_true", help="put it into the model's own chat template, as what the user says")
     add_thinking(parser)
     add("--data", default="shapes", help="shapes, emoji (with defaults of its own: RECIPES), or a folder of captioned pictures")
-    add("--one-object", action="store_true", help="--data shapes with a single object in each: learns in a third of the time")
+    add("--one-object", action="store_true", help="--data shapes with a single object in each: for small budgets")
     add("--emoji-font", metavar="FILE", help="colour font of --data emoji (default: the system's)")
     add("--emoji-variants", action="store_true", help="--data emoji with skin tones, flags and other sequences")
     add(

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 import sample
 from conftest import CPU, SMALL, random_expert, save_tiny_llm
-from model import FrozenLLM, load_llm
+from model import FrozenLLM, load_llm, with_cache
 
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14)
 TEXT = SMALL | {"vocab_size": 320, "max_position_embeddings": 96}
@@ -64,7 +64,7 @@ def test_a_picture_is_more_entries_in_the_cache(vlm_folder):
     placeholder = getattr(llm.processor, "boi_token", None) or llm.processor.image_token
     inputs = llm.processor(text=[placeholder + "a red circle"], images=[RED], return_tensors="pt")
     with torch.no_grad():
-        cache = llm.model(**inputs, use_cache=True, past_key_values=transformers.DynamicCache()).past_key_values
+        llm.model(**inputs, **with_cache(llm.model, cache := transformers.DynamicCache()))
     assert len(seen) == inputs["input_ids"].shape[1] >= len(plain) + 4
     whole = llm._pack(cache, torch.tensor([len(seen)]))[0]
     assert (whole - seen).abs().max() < 1e-5, f"{(whole - seen).abs().max():.2e}"
@@ -137,7 +137,7 @@ def test_a_picture_may_take_fewer_positions_than_tokens(tmp_path):
     keys = row[:, : llm.kept[0].kv_heads * llm.kept[0].key_width].unflatten(-1, (llm.kept[0].kv_heads, -1))
     inputs = llm.processor(text=["<see><pad></see>a red circle"], images=[llm.picture], return_tensors="pt")
     with torch.no_grad():
-        cache = model.base_model(**inputs, use_cache=True, past_key_values=transformers.DynamicCache()).past_key_values
+        model.base_model(**inputs, **with_cache(model.base_model, cache := transformers.DynamicCache()))
     last_place = 1 + 4 + 1 + words - 1  # <see>, the picture, </see>, the words
     expected = llm.rotary[0](cache.layers[0].keys[:, :, -1:], torch.tensor([-(last_place + 1)]))[0, :, 0]
     assert (keys[-1] - expected).abs().max() < 1e-5
