@@ -509,21 +509,18 @@ def measure_speed(racer: str, flags: list[str]) -> tuple[float, int]:
 
 
 def race_table(logs: list[dict], speeds: dict[str, tuple[float, int]]) -> dict:
-    """racer -> parameters, images per second, the LLM's share, of each suite the mean over rows and seeds with Wilson's
-    interval and the score of each seed, and the curves: against images, and minutes at that speed. speeds: see measure_speed.
+    """racer -> parameters, images per second, the LLM's share; of each suite the rows and their mean over all seeds, with
+    Wilson's interval, and the mean of each seed; and the curves, against images, and minutes at that speed (measure_speed).
     """
     table = {}
     for racer in dict.fromkeys(log["racer"] for log in logs):
         mine = [log for log in logs if log["racer"] == racer]
         suites = {}
         for suite in mine[0]["suites"]:
-            rows = [(name, row) for log in mine for name, row in log["suites"][suite]["rows"].items()]
-            mean = mean_of_rows([row for name, row in rows if name not in LEFT_OUT.get(suite, ())])
             scores = [log["suites"][suite] for log in mine]
-            parts = {part: sum(s[part]["score"] for s in scores) / len(mine) for part in ("one object", "two objects")
-                     if part in scores[0]}  # fmt: skip
-            each = {row: sum(s["rows"][row]["score"] for s in scores) / len(mine) for row in scores[0]["rows"]}
-            suites[suite] = mean | {"seeds": [s["mean"]["score"] for s in scores]} | parts | {"rows": each}
+            rows = {row: mean_of_rows([s["rows"][row] for s in scores]) for row in scores[0]["rows"]}
+            mean = mean_of_rows([row for name, row in rows.items() if name not in LEFT_OUT.get(suite, ())])
+            suites[suite] = mean | {"seeds": [s["mean"]["score"] for s in scores], "rows": rows}
         legs = [point for log in mine for point in log["curve"]]
         rate = speeds[racer][0] * speeds[racer][1]
         curves = [[point | {"minutes": point["images"] / rate / 60} for point in log["curve"]] for log in mine]

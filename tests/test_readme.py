@@ -21,7 +21,8 @@ from sample import load_expert
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.startswith("python ")]
+LINES = [line.split("  #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", "").splitlines()]
+COMMANDS = [line for line in LINES if line.startswith("python ")]
 SHORT = {  # flags that make a command short; given last, they win
     "train.py": "--steps 2 --batch-size 8 --width 32 --depth 2",
     "train.py --resume": "--steps 3",
@@ -29,7 +30,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "train.py --bridge": "--steps 1 --batch-size 4",
     "sample.py": "--steps 2",
     "evaluate.py": "--steps 1 --limit 1",
-    "evaluate.py --race": "--race lap --seeds 0 --minutes 0.001 --suite geneval --steps 1 --limit 1 --batch-size 4 --width 64",
+    "evaluate.py --race": "--race lap --seeds 0 --minutes 0.001 --suite geneval --steps 1 --limit 1 --batch-size 8 --width 64",
     "bench.py": "attention --seconds 0.001",
 }
 
@@ -57,12 +58,6 @@ def workplace(tmp_path_factory) -> Path:
     return place
 
 
-def enter(place: Path) -> None:
-    """A process that will run commands in this folder."""
-    os.environ |= {"HF_HUB_CACHE": str(place / "hub"), "HF_HUB_OFFLINE": "1"}
-    os.chdir(place)
-
-
 def run(words: list[str]) -> tuple[int, str, str]:
     """A command as Python would run it: exit status, stdout, stderr. What it imports stays for the next one."""
     sys.argv, status = words, 0
@@ -77,7 +72,10 @@ def run(words: list[str]) -> tuple[int, str, str]:
 @pytest.fixture(scope="module")
 def terminal(workplace):
     """words -> what `run` says of them, in one process for all: importing torch takes longer than most commands do."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), enter, (workplace,)) as pool:
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        patch.setenv("HF_HUB_CACHE", str(workplace / "hub"))  # before the process starts: the library reads it once
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        pool.submit(os.chdir, workplace).result()
         yield lambda words: pool.submit(run, words).result(timeout=300)
 
 
