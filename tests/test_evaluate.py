@@ -278,10 +278,15 @@ def test_the_race_goes_on_where_it_stopped(llm_folder, tmp_path, monkeypatch, ca
     evaluate.main(flags)
     assert [Path(name).name for name in asked] == ["mot-seed1", "last-hidden-state-2-seed1"]
     table = json.loads((tmp_path / "race" / "table.json").read_text("utf-8"))
+    for weights in (tmp_path / "race").glob("*/*.safetensors"):
+        weights.unlink()
+    evaluate.main(flags)  # what is finished is kept without its weights
+    assert len(asked) == 2 and json.loads((tmp_path / "race" / "table.json").read_text("utf-8")) == table
     assert set(table) == {"mot", "last:hidden-state=2"} and len({line["images"] for line in table.values()}) == 1
     for line in table.values():
         assert line["seeds"] == [1] and [len(curve) for curve in line["curves"]] == [evaluate.LEGS]
         assert line["curves"][0][-1]["minutes"] == line["images"] / line["images/s"] / 60 > 0
+        assert line["suites"]["geneval"]["seeds"] == [line["suites"]["geneval"]["score"]], "of one seed, the mean is its own"
         assert set(line["suites"]) == {"geneval", "position"} and set(line["suites"]["position"]["rows"]) == {"early", "late"}
     assert Image.open(tmp_path / "race" / "race.png").width > 1000
     assert "last:hidden-state=2" in capsys.readouterr().out
