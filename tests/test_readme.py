@@ -98,6 +98,7 @@ def test_command(command, workplace, terminal):
     short = SHORT.get(f"{words[1]} {kind}".strip(), "")
     status, out, err = terminal([*words[1:], *short.split()])
     assert status == 0, f"{command}\n{out}\n{err}"
+    assert "Traceback" not in err
     if words[1] == "train.py":
         made = Path(re.search(r"^data .*; run (\S+?),?( |$)", out, re.MULTILINE).group(1))
         made_for = load_expert(str(workplace / made), CPU).made_for
