@@ -6,6 +6,11 @@
 A ratio holds within one run only. The LLM's weights do not matter for speed: --llm takes any, --random-llm makes fresh ones.
 """
 
+if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
+    import cli
+
+    cli.start()
+
 import argparse
 import json
 import platform
@@ -24,9 +29,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import train
 from attention import hybrid_mask, joint_attention, joint_attention_definition, text_mask, triton
+from cli import OneLineParser, one_line_errors, pick_device, pick_dtype
 from flow import euler_sample
 from model import Context, FrozenLLM, ImageExpert
-from sample import OneLineParser, one_line_errors, pick_device, pick_dtype
 
 SECTIONS = ("attention", "train", "sample", "llm")
 

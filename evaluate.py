@@ -10,6 +10,11 @@ No network judges: judge.py reads every picture by geometry. Prompts: assets/pro
 row (of the table), prompt, groups ([count, color or null, shape]), and where it applies relation, or rgb (the exact colour).
 """
 
+if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
+    import cli
+
+    cli.start()
+
 import argparse
 import json
 import os
@@ -29,23 +34,18 @@ from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
 import train
+from cli import OneLineParser, one_line_errors, pick_device, pick_dtype, positive, seed_number
 from data import BACKGROUND, COLORS, PROMPTS, SHAPES, Emoji, Group, Scene, Shapes
 from judge import BASIC_COLORS, Found, Verdict, basic_color, delta_e, judge, lab, learned_features, pixel_features, ranks
 from model import FrozenLLM, ImageExpert
 from sample import (
-    OneLineParser,
     add_thinking,
     caption_font,
     draw,
     llm_of,
     load_expert,
     newest_run,
-    one_line_errors,
-    pick_device,
-    pick_dtype,
     picture_table,
-    positive,
-    seed_number,
     spread,
     thinking_of,
 )

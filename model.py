@@ -6,6 +6,11 @@ expert attends to them and to its own image tokens in one softmax. That cache is
     python model.py --llm Qwen/Qwen2.5-0.5B            # what this project sees of an LLM
 """
 
+if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
+    import cli
+
+    cli.start()
+
 import copy
 import hashlib
 import inspect
@@ -901,7 +906,7 @@ def text_layers(llm: FrozenLLM, depth: int, part: str = "all") -> list[dict]:
 
 
 def main() -> None:
-    from sample import OneLineParser, pick_device, pick_dtype
+    from cli import OneLineParser, pick_device, pick_dtype
 
     parser = OneLineParser(description="What this project sees of an LLM.")
     parser.add_argument("--llm", default="gemma-3-270m", help="Hub id, local folder, .gguf file, or gemma-3-270m")
@@ -912,6 +917,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from sample import one_line_errors
+    from cli import one_line_errors
 
     one_line_errors(main)

@@ -9,12 +9,16 @@ Writes every picture at its own size, and grid.png: all of them enlarged, with t
 that the official evaluators of GenEval, DPG-Bench and WISE read.
 """
 
+if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
+    import cli
+
+    cli.start()
+
 import argparse
 import json
 import logging
 import re
 import subprocess
-import sys
 import textwrap
 import unicodedata
 from functools import lru_cache
@@ -25,68 +29,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import bridges  # noqa: F401 - its towers can be loaded too
+from cli import OneLineParser, one_line_errors, pick_device, pick_dtype, positive, seed_number
 from flow import euler_sample
 from model import FrozenLLM, Tower, ask_hub, load_llm
-
-
-def one_line_errors(main) -> None:
-    """Run a command; what the user can mend is one line on stderr and exit status 2, not a traceback."""
-    try:
-        main()
-    except (ValueError, OSError, ArithmeticError) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
-        sys.exit(130)
-
-
-def positive(kind):
-    """argparse type: a number above zero."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text}: expected a number above zero")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names the type in its own message
-    return parse
-
-
-def seed_number(text: str) -> int:
-    """argparse type: a seed that every generator takes."""
-    if not 0 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to {2**31 - 1}")
-    return int(text)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
-
-
-def pick_device(name: str) -> tuple[torch.device, str]:
-    """ "auto" or a device's name -> the device, and why."""
-    if name != "auto":
-        try:
-            return torch.empty(0, device=name).device, "asked for"
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.cuda.get_device_name()
-    if torch.backends.mps.is_available():
-        return torch.device("mps"), "Apple GPU"
-    return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
-
-
-def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """ "auto", "float32" or "bfloat16" -> the arithmetic of the matrix products, and why. Trained weights stay float32."""
-    if name != "auto":
-        return getattr(torch, name), "asked for"
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and cpu.get("avx512_bf16")
-    return (torch.bfloat16, "fast here") if fast else (torch.float32, "bfloat16 is not fast here")
 
 
 def to_pixels(x: torch.Tensor) -> np.ndarray:

@@ -10,6 +10,11 @@ Writes into --out: model.safetensors (the expert's EMA weights, config inside), 
 needs), metrics.jsonl, and samples as PNG.
 """
 
+if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
+    import cli
+
+    cli.start()
+
 import argparse
 import json
 import os
@@ -27,22 +32,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bridges import BRIDGES, ON_HIDDEN_STATES, MirrorTower, build_bridge
+from cli import OneLineParser, one_line_errors, pick_device, pick_dtype, positive, seed_number
 from data import Emoji, Folder, Shapes, open_source
 from flow import flow_loss, sample_time
 from model import ExpertBlock, FrozenLLM, Tower, load_llm, read_safetensors
-from sample import (
-    OneLineParser,
-    add_thinking,
-    captioned_grid,
-    draw,
-    one_line_errors,
-    pick_device,
-    pick_dtype,
-    positive,
-    seed_number,
-    thinking_of,
-    to_tensor,
-)
+from sample import add_thinking, captioned_grid, draw, thinking_of, to_tensor
 
 LOOK_AHEAD = 32  # steps whose captions go to the LLM together
 LOG_EVERY = 50  # steps a line of metrics.jsonl

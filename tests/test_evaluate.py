@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cli
 import evaluate
 import sample
 import train
@@ -157,7 +158,7 @@ def test_evaluate_command(two_runs, capsys):
 def test_evaluate_refuses_bad_input(two_runs, tmp_path, capsys):
     def answer(*flags) -> str:
         with pytest.raises(SystemExit, match="2"):
-            sample.one_line_errors(lambda: evaluate.main([str(flag) for flag in flags]))
+            cli.one_line_errors(lambda: evaluate.main([str(flag) for flag in flags]))
         told = capsys.readouterr().err
         assert len(told.strip().splitlines()) == 1, told
         return told

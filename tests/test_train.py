@@ -251,7 +251,7 @@ def test_an_existing_run_is_not_overwritten(tiny_run, llm_folder, tmp_path):
 def test_the_command_line_fails_in_one_line_with_status_2(tmp_path, tiny_run):
     """Through the real processes: one line on stderr, no traceback."""
     for words, message in [
-        (["train.py", *tiny_run, "--steps", "0"], "--steps: 0: expected a number above zero"),
+        (["train.py", *tiny_run, "--steps", "0"], "--steps: 0: expected a whole number from 1"),
         (["train.py", *tiny_run, "--patch", "5"], "does not divide by --patch"),
         (["sample.py", "--prompt", "x", "--ckpt", tmp_path / "no"], "expected the folder of a run"),
         (["sample.py"], "nothing to draw"),

@@ -1,0 +1,245 @@
+"""What all commands share: flags that are checked, the device, files that are never half written, errors in one line.
+
+Every command begins with `cli.start()`, before it imports torch, and ends with `cli.one_line_errors(main)`. Between the two
+whatever goes wrong is one line on stderr and exit status 2; Ctrl-C is one line and 130. FROZEN_LLM_TRACEBACK=1 in the
+environment brings the traceback back.
+
+Nothing heavy is imported here at the top: Ctrl-C must be caught in the seconds that torch takes to import.
+"""
+
+import argparse
+import math
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+TRACEBACK = "FROZEN_LLM_TRACEBACK"  # the environment variable that brings the traceback back
+LONGEST = 600  # characters of an error's line: a compiler may say pages
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors: one line and an exit status
+
+
+def start() -> None:
+    """From here on, while a command still imports its libraries, Ctrl-C and errors are one line too."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop_now)  # an exception would be lost in a library that catches all
+    sys.excepthook = lambda kind, error, trace: sys.exit(report(error))
+    threading.excepthook = lambda thread: report(thread.exc_value)
+
+
+def one_line_errors(main: Callable[[], None]) -> None:
+    """Run a command. What goes wrong is one line on stderr and exit status 2, whichever library raised it."""
+    if signal.getsignal(signal.SIGINT) is _stop_now:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on half-written files are put away first
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have the letters of a prompt
+    try:
+        main()
+        sys.stdout.flush()
+    except SystemExit:
+        raise
+    except BaseException as error:  # not Exception alone: a panic in a library's Rust code is none
+        sys.exit(report(error))
+
+
+def report(error: BaseException) -> int:
+    """Print an error's line; returns the exit status that goes with it."""
+    status = 2
+    if isinstance(error, KeyboardInterrupt):
+        status = 130
+    elif isinstance(error, BrokenPipeError):
+        status = 141
+        _close_stdout()
+    try:
+        print(f"{program()}: {one_line(error)}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # nobody reads stderr either
+    if os.environ.get(TRACEBACK):
+        sys.__excepthook__(type(error), error, error.__traceback__)
+    return status
+
+
+def program() -> str:
+    return Path(sys.argv[0]).name
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong and, where it is known, what to do, in a line of bounded length."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped"
+    if isinstance(error, BrokenPipeError):
+        return "stopped: nobody reads the output any more"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}: pip install -r requirements.txt"
+    kind = type(error).__name__
+    text = flat(str(error))
+    if is_out_of_memory(error):
+        return f"not enough memory; make --batch-size, --image-size or --width smaller ({kind}: {text})"
+    if text and isinstance(error, SAY_ENOUGH):
+        return text
+    return f"{kind}: {text} ({TRACEBACK}=1 shows where)"
+
+
+# Errors whose message is written for the user. Others, a KeyError: 'x' say, are named.
+SAY_ENOUGH = (ValueError, OSError, ArithmeticError, argparse.ArgumentTypeError)
+
+
+def flat(text: str) -> str:
+    """A message of many lines as one, without the tracebacks that some libraries put into it."""
+    text, *inner = text.split("Traceback (most recent call last)")
+    if inner:
+        text += inner[-1].strip().splitlines()[-1]
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "unable to allocate",
+                 "alloc_failed", "bad_alloc", "size calculation overflowed", "multiplication overflow")  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch says it with a RuntimeError, in words that depend on the device and the system."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+def _stop_now(number, frame) -> None:
+    print(f"{program()}: stopped", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+def _close_stdout() -> None:
+    """Let the interpreter's own last flush go nowhere (docs.python.org, library/signal, "Note on SIGPIPE")."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {flat(message)} (--help lists the flags)\n")
+
+
+def number(low: float, high: float, kind: type = float, expected: str = "") -> Callable:
+    """argparse type: a number from low to high, both included; `expected` says it in other words. nan and inf are none."""
+    what = "a whole number" if kind is int else "a number"
+    expected = expected or f"{what} from {low} to {high}"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+        return value
+
+    return parse
+
+
+def positive(kind: type) -> Callable:
+    """argparse type: a number above zero, of a size that float32 and every counter hold."""
+    if kind is int:
+        return number(1, 2**31 - 1, int)
+    return number(math.nextafter(0, 1), 1e9, expected="a number above zero, at most 1e9")
+
+
+seed_number = number(0, 2**31 - 1, int)  # every generator takes it
+share = number(0, math.nextafter(1, 0), expected="a number from 0 to below 1")
+
+
+def pick_device(name: str):
+    """ "auto" or a device's name -> the torch.device, and why."""
+    import torch
+
+    if name != "auto":
+        try:
+            return torch.empty(0, device=name).device, "asked for"
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), "Apple GPU"
+    return torch.device("cpu"), f"no GPU found, {torch.get_num_threads()} threads"
+
+
+def pick_dtype(name: str, device):
+    """ "auto", "float32" or "bfloat16" -> the arithmetic of the matrix products, and why. Trained weights stay float32."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name), "asked for"
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and cpu.get("avx512_bf16")
+    return (torch.bfloat16, "fast here") if fast else (torch.float32, "bfloat16 is not fast here")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders and files
+
+
+def make_folder(path: Path | str) -> Path:
+    """A folder for --out, made if need be; ValueError, before any work is done, if nothing can be written there."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"{path}: nothing can be written there ({why}); --out names another folder") from None
+    return path
+
+
+def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
+    """`write` writes a file beside `path`, which then takes its name: at every moment `path` is whole, the old or the new."""
+    path = Path(path)
+    beside = path.with_name(f"tmp-{path.name}")  # the suffix stays: it tells Pillow the format
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except Exception as error:
+        raise OSError(f"{path} could not be written ({flat(str(error))}); what it held before is untouched") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class Locked:
+    """Hold a folder for one process: `with Locked(folder): ...`. ValueError if another holds it.
+
+    The lock is the system's, on an open file, so a process that is killed leaves none behind.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+
+    def __enter__(self) -> "Locked":
+        self.file = open(self.folder / ".lock", "a")
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.file.close()
+            raise ValueError(f"{self.folder}: another process trains there; wait for it, or give another --out") from None
+        except OSError:
+            pass  # a file system without locks
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
