@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -29,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import train
 from attention import hybrid_mask, joint_attention, joint_attention_definition, text_mask, triton
-from cli import OneLineParser, one_line_errors, pick_device, pick_dtype
+from cli import OneLineParser, one_line_errors, pick_device, pick_dtype, positive, write_text
 from flow import euler_sample
 from model import Context, FrozenLLM, ImageExpert
 
@@ -355,7 +354,7 @@ def main() -> None:
     parser.add_argument("--random-llm", action="store_true", help="fresh weights in place of the LLM's own")
     parser.add_argument("--mirror", action="store_true", help="time the mirrored tower too")
     parser.add_argument("--compile", action="store_true", help="time the compiled expert too")
-    parser.add_argument("--seconds", type=float, default=0.5, help="time for each thing measured")
+    parser.add_argument("--seconds", type=positive(float), default=0.5, help="time for each thing measured")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--out", default="bench.json")
     args = parser.parse_args()
@@ -375,7 +374,7 @@ def main() -> None:
             args, device, dtype, peak
         )
         print(f"\n{name}\n{table(results[name])}", flush=True)
-        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+        write_text(args.out, json.dumps(results, indent=1) + "\n")
     print(args.out)
 
 

@@ -129,7 +129,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {flat(message)} (--help lists the flags)\n")
 
 
-def number(low: float, high: float, kind: type = float, expected: str = "") -> Callable:
+def between(low: float, high: float, kind: type = float, expected: str = "") -> Callable:
     """argparse type: a number from low to high, both included; `expected` says it in other words. nan and inf are none."""
     what = "a whole number" if kind is int else "a number"
     expected = expected or f"{what} from {low} to {high}"
@@ -149,12 +149,12 @@ def number(low: float, high: float, kind: type = float, expected: str = "") -> C
 def positive(kind: type) -> Callable:
     """argparse type: a number above zero, of a size that float32 and every counter hold."""
     if kind is int:
-        return number(1, 2**31 - 1, int)
-    return number(math.nextafter(0, 1), 1e9, expected="a number above zero, at most 1e9")
+        return between(1, 2**31 - 1, int)
+    return between(math.nextafter(0, 1), 1e9, expected="a number above zero, at most 1e9")
 
 
-seed_number = number(0, 2**31 - 1, int)  # every generator takes it
-share = number(0, math.nextafter(1, 0), expected="a number from 0 to below 1")
+seed_number = between(0, 2**31 - 1, int)  # every generator takes it
+share = between(0, math.nextafter(1, 0), expected="a number from 0 to below 1")
 
 
 def pick_device(name: str):
@@ -212,6 +212,10 @@ def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
         raise OSError(f"{path} could not be written ({flat(str(error))}); what it held before is untouched") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    write_whole(path, lambda file: file.write_text(text, "utf-8"))
 
 
 class Locked:

@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections import Counter
@@ -34,7 +33,18 @@ from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
 import train
-from cli import OneLineParser, one_line_errors, pick_device, pick_dtype, positive, seed_number
+from cli import (
+    OneLineParser,
+    between,
+    make_folder,
+    one_line_errors,
+    pick_device,
+    pick_dtype,
+    positive,
+    seed_number,
+    write_text,
+    write_whole,
+)
 from data import BACKGROUND, COLORS, PROMPTS, SHAPES, Emoji, Group, Scene, Shapes
 from judge import BASIC_COLORS, Found, Verdict, basic_color, delta_e, judge, lab, learned_features, pixel_features, ranks
 from model import FrozenLLM, ImageExpert
@@ -338,7 +348,7 @@ def evaluate_emoji(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, 
             results[name][suite] = summarize_ranks(suite, [row for row, *_ in prompts], places, len(among))
             print_ranks(Path(name).name, results[name][suite])
             blocks.append((name, emoji_lines(source, prompts, pictures, places["features"], args.seed, 12 // len(runs))))
-        picture_table(blocks).save(args.out / f"evaluate-{suite}.png")
+        write_whole(args.out / f"evaluate-{suite}.png", picture_table(blocks).save)
     if args.probe:
         name, _, llm = runs[0]
         llm.think(None)
@@ -464,7 +474,7 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
     plan = out / "race.json"
     if not plan.exists():
         steps = max(1, round(60 * args.minutes * measure_speed(args.race[0], flags)[0] / LEGS)) * LEGS
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         write_json(plan, {"steps": steps, "minutes": args.minutes, "of": args.race[0]})
     steps = json.loads(plan.read_text("utf-8"))["steps"]
     print(f"{out}: {steps} steps each")
@@ -478,14 +488,14 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
                 runs = open_runs(args)
                 log["suites"] = evaluate_shapes(args, runs)[args.ckpt]
                 write_json(folder / "race.json", log | {"racer": racer, "seed": seed})
-                draw_shown(*runs[0][1:], args.steps).save(folder / "drawn.png")
+                write_whole(folder / "drawn.png", draw_shown(*runs[0][1:], args.steps).save)
     folders = [path.parent for path in sorted(out.glob("*/drawn.png"))]
     logs = [json.loads((folder / "race.json").read_text("utf-8")) for folder in folders]
     table = race_table(logs, race_speeds(plan, list(dict.fromkeys(log["racer"] for log in logs)), flags))
     write_json(out / "table.json", table)
     print_race(table)
     shown = {log["racer"]: folder for log, folder in reversed(list(zip(logs, folders)))}
-    race_picture(table, shown, "--one-object" in flags).save(out / "race.png")
+    write_whole(out / "race.png", race_picture(table, shown, "--one-object" in flags).save)
     print(f"{out / 'table.json'}, and race.png beside it: the same prompts for all, and how the scores grew")
 
 
@@ -600,7 +610,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--n", type=positive(int), default=1, help="pictures of each prompt")
     add("--limit", type=positive(int), help="only the first so many prompts of each row, for a quick look")
     add("--steps", type=positive(int), default=24, help="Euler steps")
-    add("--guidance", type=float, default=3.0, help="guidance scale; 1 is none")
+    add("--guidance", type=between(-1000, 1000), default=3.0, help="guidance scale; 1 is none")
     add("--seed", type=seed_number, default=0, help="of the noise: picture k of all starts from seed + k")
     add("--out", help="folder for the JSON and the pictures (default: the run's own; its partial/ for --rows or --limit)")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -659,8 +669,7 @@ def save_results(path: Path, results: dict) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, FrozenLLM]]) -> dict[str, dict]:
@@ -678,7 +687,7 @@ def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert,
             results[name][suite] = summarize(suite, prompts, grades)
         graded += [(suite, prompt, g) for prompt, g in zip(prompts, drawn[0][2])]
         print_suite(suite, {name: result[suite] for name, result in results.items()})
-        sheet(prompts, drawn).save(args.out / f"evaluate-{suite}.png")
+        write_whole(args.out / f"evaluate-{suite}.png", sheet(prompts, drawn).save)
     if args.probe:
         name, _, llm = runs[0]
         llm.think(None)
@@ -693,7 +702,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.race:
         return race(args, for_training)
     runs = open_runs(args)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     data = runs[0][1].made_for["data"]
     results = (evaluate_shapes if data == "shapes" else evaluate_emoji)(args, runs)
     settings = {key: vars(args)[key] for key in ("n", "limit", "steps", "guidance", "seed", "think", "rewrite")}
