@@ -257,6 +257,12 @@ class Shapes:
     def __init__(self, image_size: int, seed: int = 0, one_object: bool = False):
         self.image_size, self.seed, self.one_object = image_size, seed, one_object
 
+    def about(self) -> str:
+        return f"scenes of {'one coloured shape' if self.one_object else 'coloured shapes'}, drawn on the fly from the seed"
+
+    def fingerprint(self) -> None:
+        """Drawn from the seed alone: nothing outside the code can change it."""
+
     def _group(self, count: int, colorless: float, rng: np.random.Generator) -> Group:
         canonical = rng.random() < 2 / 3
         color = None if rng.random() < colorless else str(rng.choice(CANONICAL_COLORS if canonical else COLOR_NAMES))
@@ -360,6 +366,16 @@ class Emoji:
         self.held_out = _hashed_tenth(set(self.glyphs))
         self.trained = [text for text in self.glyphs if text not in self.held_out]
 
+    def about(self) -> str:
+        return f"{len(self.trained)} emoji to train on, {len(self.held_out)} held out; the font lacks {len(self.missing)}"
+
+    def fingerprint(self) -> str:
+        """Another font draws other glyphs, another version of the package emoji gives other names."""
+        digest = hashlib.sha256(repr(self.names).encode())
+        for glyph in self.glyphs.values():
+            digest.update(glyph)
+        return digest.hexdigest()
+
     def example(self, index: int, draws: int) -> tuple[str, np.ndarray]:
         rng = np.random.default_rng([self.seed, index])
         text = self.trained[rng.integers(len(self.trained))]
@@ -379,12 +395,25 @@ class Folder:
 
     def __init__(self, root: str | Path, image_size: int, seed: int = 0):
         self.root, self.image_size, self.seed = Path(root), image_size, seed
+        self.uncaptioned = 0  # pictures left out
         self.pairs = self._read_metadata() if (self.root / "metadata.jsonl").is_file() else self._read_sidecars()
         if not self.pairs:
             raise ValueError(f"{root} holds no captioned picture; expected metadata.jsonl with file_name and text, "
                              f"or a .txt beside each picture ({', '.join(sorted(PICTURE_SUFFIXES))})")  # fmt: skip
         self.skipped: set[Path] = set()
         self.prompts = tuple(dict.fromkeys(caption for _, caption in self.pairs))[:8]
+
+    def about(self) -> str:
+        left_out = f"; {self.uncaptioned} left out without a caption" if self.uncaptioned else ""
+        return f"{len(self.pairs)} pictures with captions{left_out}"
+
+    def fingerprint(self) -> str:
+        """Changes with the list of pictures, their captions and their files' sizes; not with times, which copying changes."""
+        digest = hashlib.sha256()
+        for path, caption in self.pairs:
+            size = path.stat().st_size if path.is_file() else None
+            digest.update(repr((path.relative_to(self.root).as_posix(), size, caption)).encode())
+        return digest.hexdigest()
 
     def _read_metadata(self) -> list[tuple[Path, str]]:
         pairs = []
@@ -399,7 +428,9 @@ class Folder:
 
     def _read_sidecars(self) -> list[tuple[Path, str]]:
         pictures = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
-        return [(p, p.with_suffix(".txt").read_text("utf-8").strip()) for p in pictures if p.with_suffix(".txt").is_file()]
+        pairs = [(p, p.with_suffix(".txt").read_text("utf-8").strip()) for p in pictures if p.with_suffix(".txt").is_file()]
+        self.uncaptioned = len(pictures) - len(pairs)
+        return pairs
 
     def _decode(self, path: Path) -> np.ndarray:
         """The centre square, resized; transparency on white."""
