@@ -5,8 +5,8 @@
 
     python sample.py --prompts evaluation_metadata.jsonl --layout geneval --out for-geneval
 
-Writes every picture at its own size, and grid.png: all of them enlarged, with their prompts; or, with --layout, the folders
-that the official evaluators of GenEval, DPG-Bench and WISE read.
+Writes every picture at its own size, and grid.png: the first of them enlarged, with their prompts; or, with --layout, the
+folders that the official evaluators of GenEval, DPG-Bench and WISE read. A single picture may go to --out FILE.png.
 """
 
 if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
@@ -17,8 +17,10 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
 import argparse
 import json
 import logging
+import os
 import re
 import subprocess
+import sys
 import textwrap
 import unicodedata
 from functools import lru_cache
@@ -29,13 +31,30 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import bridges  # noqa: F401 - its towers can be loaded too
-from cli import OneLineParser, one_line_errors, pick_device, pick_dtype, positive, seed_number
+from cli import (
+    OneLineParser,
+    between,
+    make_folder,
+    one_line_errors,
+    pick_device,
+    pick_dtype,
+    positive,
+    seed_number,
+    write_text,
+    write_whole,
+)
+from data import PICTURE_SUFFIXES
 from flow import euler_sample
 from model import FrozenLLM, Tower, ask_hub, load_llm
 
 
 def to_pixels(x: torch.Tensor) -> np.ndarray:
-    """(..., C, height, width) in [-1, 1] -> (..., height, width, C) uint8."""
+    """(..., C, height, width) in [-1, 1] -> (..., height, width, C) uint8. ValueError if a number is not finite."""
+    if not torch.isfinite(x).all():
+        raise ValueError(
+            "what was drawn is not finite, so no picture; expected a --guidance nearer to 1, or a "
+            "checkpoint whose weights are finite"
+        )
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
 
 
@@ -69,7 +88,8 @@ def _font(size: int, unusual: str) -> ImageFont.FreeTypeFont:
     if unusual:  # ask fontconfig, where there is one, for a font that has these letters
         try:
             wanted = "sans:charset=" + " ".join(f"{ord(letter):x}" for letter in unusual)
-            names.insert(0, subprocess.run(["fc-match", "-f", "%{file}", wanted], capture_output=True, text=True).stdout)
+            found = subprocess.run(["fc-match", "-f", "%{file}", wanted], capture_output=True)
+            names.insert(0, os.fsdecode(found.stdout))
         except OSError:
             pass
     for name in names:
@@ -86,12 +106,28 @@ def caption_font(text: str, size: int) -> ImageFont.FreeTypeFont:
     return _font(size, "".join(letters[:4]))
 
 
+GRID_PROMPTS = 64  # that a grid shows, of each the first so many pictures, enlarged or reduced to such a side, and
+GRID_PICTURES = 8  # so many lines of the prompt: any number of any prompts gives a grid that viewers open
+GRID_SIDE = (128, 512)  # least and most pixels
+GRID_LINES = 6
+
+
 def captioned_grid(pictures: np.ndarray, captions: list[str], columns: int = 4) -> Image.Image:
     """pictures (prompts, n, height, width, 3) -> one image: a cell per prompt, its n pictures side by side, text below."""
+    pictures = pictures[:GRID_PROMPTS, :GRID_PICTURES]
+    captions = captions[:GRID_PROMPTS]
     n, height, width = pictures.shape[1:4]
-    scale = max(1, 128 // height)
-    cell_width, cell_height, gap = n * (width * scale + 4) - 4, height * scale, 8
-    lines = [textwrap.wrap(caption, max(12, cell_width // 7)) or ["(no prompt)"] for caption in captions]
+    least, most = GRID_SIDE
+    enlarge = max(1, least // height)
+    scale = enlarge if height * enlarge <= most else most / height
+    height, width = round(height * scale), round(width * scale)
+    resample = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    cell_width, cell_height, gap = n * (width + 4) - 4, height, 8
+    lines = []
+    for caption in captions:
+        line_length = max(12, cell_width // 7)
+        wrapped = textwrap.wrap(caption, line_length, max_lines=GRID_LINES, placeholder=" …")
+        lines.append(wrapped or ["(no prompt)"])
     text_height = 15 * max(map(len, lines)) + 4
     columns = max(1, min(columns if n == 1 else columns // 2, len(captions)))
     rows = -(-len(captions) // columns)
@@ -100,8 +136,8 @@ def captioned_grid(pictures: np.ndarray, captions: list[str], columns: int = 4) 
     for i, (row, text, caption) in enumerate(zip(pictures, lines, captions)):
         x, y = gap + i % columns * (cell_width + gap), gap + i // columns * (cell_height + text_height + gap)
         for k, picture in enumerate(row):
-            enlarged = Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (x + k * (width * scale + 4), y))
+            enlarged = Image.fromarray(picture).resize((width, height), resample)
+            sheet.paste(enlarged, (x + k * (width + 4), y))
         ink.multiline_text((x, y + cell_height + 2), "\n".join(text), fill="black", font=caption_font(caption, 12), spacing=3)
     return sheet
 
@@ -243,22 +279,50 @@ def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
 LAYOUTS = {"geneval": 4, "dpg": 4, "wise": 1}  # pictures of each prompt that the evaluator expects
 
 
+def check_layout(layout: str, prompts: list[tuple[str, str, dict]], n: int) -> None:
+    """ValueError if a benchmark's evaluator could not read what would be written: before the work, not after it."""
+    if not prompts:
+        raise ValueError(f"--layout {layout} needs the benchmark's own prompts: give --prompts, and no --prompt")
+    if layout in ("dpg", "wise") and n != LAYOUTS[layout]:
+        raise ValueError(f"--n {n}: the evaluator of {layout} expects {LAYOUTS[layout]} of each prompt")
+    seen = set()
+    for name, _, record in prompts:
+        if layout == "geneval" and "prompt" not in record:
+            raise ValueError("--layout geneval needs GenEval's evaluation_metadata.jsonl as --prompts")
+        if Path(name).name != name or name in ("", ".."):
+            raise ValueError(f"prompt_id {name!r}: expected a plain name, for it becomes a file's")
+        if name in seen:
+            raise ValueError(f"prompt_id {name!r} stands there twice: one picture would overwrite the other")
+        seen.add(name)
+
+
 def save_layout(layout: str, out: Path, prompts: list[tuple[str, str, dict]], pictures: np.ndarray) -> None:
     """pictures (prompts, n, height, width, 3) as a benchmark's own evaluator reads them."""
     for i, ((name, _, record), row) in enumerate(zip(prompts, pictures)):
         if layout == "geneval":  # 00000/metadata.jsonl, 00000/samples/00000.png
             samples = out / f"{i:05d}" / "samples"
             samples.mkdir(parents=True, exist_ok=True)
-            (samples.parent / "metadata.jsonl").write_text(json.dumps(record) + "\n")
+            write_text(samples.parent / "metadata.jsonl", json.dumps(record) + "\n")
             for k, picture in enumerate(row):
-                Image.fromarray(picture).save(samples / f"{k:05d}.png")
+                save_picture(picture, samples / f"{k:05d}.png")
         elif layout == "dpg":  # NAME.png: two by two
-            Image.fromarray(np.vstack([np.hstack(row[:2]), np.hstack(row[2:])])).save(out / f"{name}.png")
+            save_picture(np.vstack([np.hstack(row[:2]), np.hstack(row[2:])]), out / f"{name}.png")
         else:  # ID.png
-            Image.fromarray(row[0]).save(out / f"{name}.png")
+            save_picture(row[0], out / f"{name}.png")
 
 
-def main() -> None:
+def save_picture(picture: np.ndarray, path: Path) -> None:
+    write_whole(path, Image.fromarray(picture).save)
+
+
+def file_words(prompt: str) -> str:
+    """A prompt as a part of a file's name: in letters that the system's names can have, and short in bytes too."""
+    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
+    encoding = sys.getfilesystemencoding()
+    return words.encode(encoding, "ignore")[:100].decode(encoding, "ignore")
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description="Draw pictures of prompts.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given many times")
     parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, .json, .jsonl, or a folder of .txt files")
@@ -267,13 +331,13 @@ def main() -> None:
     parser.add_argument("--llm", help="where the checkpoint's LLM lies now, if it has moved; its weights must be the same")
     parser.add_argument("--n", type=positive(int), help="pictures of each prompt (default: 1, or what --layout asks for)")
     parser.add_argument("--steps", type=positive(int), default=24, help="Euler steps")
-    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale; 1 is none")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
+    parser.add_argument("--guidance", type=between(-1000, 1000), default=3.0, help="guidance scale; 1 is none")
+    parser.add_argument("--guidance-interval", type=between(0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
                         help="guide only while t is between these (0 is noise, 1 is the picture)")  # fmt: skip
     parser.add_argument("--renorm", action="store_true", help="keep a guided velocity no longer than the unguided one")
     parser.add_argument("--seed", type=seed_number, default=0, help="picture k of a prompt starts from the noise of seed + k")
     parser.add_argument("--batch-size", type=positive(int), default=64, help="pictures drawn at once")
-    parser.add_argument("--out", default="samples", help="folder for the pictures")
+    parser.add_argument("--out", default="samples", help="folder for the pictures, or the file of a single one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert"
@@ -283,7 +347,7 @@ def main() -> None:
         "--image", metavar="FILE", help="a picture to start from: a vision-language model sees it before the prompt"
     )
     add_thinking(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     if args.image and (args.think or args.rewrite):
         raise ValueError("--image does not go with --think or --rewrite: leave one out")
@@ -292,19 +356,20 @@ def main() -> None:
     if not prompts:
         raise ValueError('nothing to draw: give --prompt "a red circle" (many times if you like) or --prompts FILE')
     args.n = args.n or LAYOUTS.get(args.layout, 1)
-    if args.layout and (args.prompt or not listed):
-        raise ValueError(f"--layout {args.layout} needs the benchmark's own prompts: give --prompts, and no --prompt")
-    if args.layout in ("dpg", "wise") and args.n != LAYOUTS[args.layout]:
-        raise ValueError(f"--n {args.n}: the evaluator of {args.layout} expects {LAYOUTS[args.layout]} of each prompt")
-    if args.layout == "geneval" and not all("prompt" in record for *_, record in listed):
-        raise ValueError(f"{args.prompts}: --layout geneval needs GenEval's evaluation_metadata.jsonl")
+    if args.guidance_interval[0] > args.guidance_interval[1]:
+        raise ValueError(f"--guidance-interval {args.guidance_interval}: expected FROM to be at most TO")
+    if args.layout:
+        check_layout(args.layout, [] if args.prompt else listed, args.n)
+    out = Path(args.out)
+    into_file = out.suffix.lower() in PICTURE_SUFFIXES and not out.is_dir()
+    if into_file and (args.layout or len(prompts) * args.n > 1):
+        raise ValueError(f"--out {out} is a file, for one picture; expected a folder for {len(prompts) * args.n}")
     ckpt = args.ckpt or str(newest_run())
     device, why_device = pick_device(args.device)
     dtype, why_dtype = pick_dtype(args.dtype, device)
     print(f"device {device} ({why_device}), {dtype} ({why_dtype}); checkpoint {ckpt}; seed {args.seed}")
     expert = load_expert(ckpt, device)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent if into_file else out)
     llm = llm_of(expert, args.llm, device, dtype, args.trust_remote_code)
     seeds = [args.seed + k for k in range(args.n)]
     if thinking := thinking_of(llm, args):
@@ -321,13 +386,16 @@ def main() -> None:
         save_layout(args.layout, out, listed, pictures)
         print(f"{out}: {len(prompts)} prompts as {args.layout} reads them")
         return
+    if into_file:
+        save_picture(pictures[0, 0], out)
+        print(out)
+        return
     for i, (prompt, row) in enumerate(zip(prompts, pictures)):
-        words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
         for seed, picture in zip(seeds, row):
-            path = out / f"{i:03d}-{words}-seed{seed}.png"
-            Image.fromarray(picture).save(path)
+            path = out / f"{i:03d}-{file_words(prompt)}-seed{seed}.png"
+            save_picture(picture, path)
             print(path)
-    captioned_grid(pictures, prompts).save(out / "grid.png")
+    write_whole(out / "grid.png", captioned_grid(pictures, prompts).save)
     print(out / "grid.png")
 
 
