@@ -10,6 +10,7 @@ Nothing heavy is imported here at the top: Ctrl-C must be caught in the seconds 
 import argparse
 import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -202,16 +203,27 @@ def make_folder(path: Path | str) -> Path:
 
 
 def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
-    """`write` writes a file beside `path`, which then takes its name: at every moment `path` is whole, the old or the new."""
+    """`write` writes a file beside `path`, which then takes its name: at every moment `path` is whole, the old or the new.
+
+    If it writes a folder, the folder's files take their places beside `path`, one by one.
+    """
     path = Path(path)
     beside = path.with_name(f"tmp-{path.name}")  # the suffix stays: it tells Pillow the format
     try:
         write(beside)
-        os.replace(beside, path)
+        if beside.is_dir():
+            for file in beside.iterdir():
+                os.replace(file, path.with_name(file.name))
+        else:
+            os.replace(beside, path)
     except Exception as error:
-        raise OSError(f"{path} could not be written ({flat(str(error))}); what it held before is untouched") from error
+        why = flat(str(error))
+        raise OSError(f"{path} could not be written, and is what it was before: {why}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            beside.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:
