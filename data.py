@@ -8,15 +8,18 @@ Every source answers `example(index, draws)` with one caption and `draws` pictur
 The answer depends on the seed and the index alone, so a resumed run sees what it would have seen.
 """
 
+import codecs
 import hashlib
 import json
+import os
 import re
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageFont
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the vocabulary of the shapes
@@ -384,76 +387,203 @@ class Emoji:
         return str(rng.choice(self.forms)).format(n=name, a=one), np.stack([self.glyphs[text]] * draws)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# what users bring: text files, pictures, folders of both
+
+
+def clean_text(text: str) -> str:
+    """Text that every tokenizer takes: half a surrogate pair becomes U+FFFD, the replacement character.
+
+    JSON may hold such halves ("\\ud83d", an emoji cut in two), and so may a word from a terminal that is not UTF-8.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def read_text(path: Path) -> str:
+    """A user's text file: UTF-8, or UTF-16 as Windows writes it; no byte-order mark, and lines end in "\\n".
+
+    ValueError if it is something else, with the file and the line.
+    """
+    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    is_utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = raw.decode("utf-16" if is_utf16 else "utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        what = f"byte {raw[error.start]:#04x} at offset {error.start}"
+        raise ValueError(f"{path}, line {line}: {what} is not {error.encoding}; save the file as UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: Path) -> list[tuple[str, str]]:
+    """The lines of a user's text file that are not blank, without the space around them, each after "FILE, line NUMBER"."""
+    lines = enumerate(read_text(path).split("\n"), 1)  # splitlines would cut JSON strings at U+2028
+    return [(f"{path}, line {number}", line.strip()) for number, line in lines if line.strip()]
+
+
+def read_records(path: Path) -> list[tuple[str, dict]]:
+    """The objects of a user's JSON-lines file, or of a .json file that holds a list of them, each after where it stands."""
+    whole = path.suffix.lower() == ".json"
+    records = []
+    for where, text in [(str(path), read_text(path))] if whole else read_lines(path):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: {error}; expected a JSON object") from None
+        for record in value if whole and isinstance(value, list) else [value]:
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: {json.dumps(record)[:60]}; expected a JSON object")
+            records.append((where, record))
+    return records
+
+
+def text_in(record: dict, key: str, where: str) -> str | None:
+    """The string under this key; None for null, or if it is not there. ValueError for anything else: it is not converted."""
+    value = record.get(key)
+    if not isinstance(value, str | None):
+        raise ValueError(f"{where}: {key} is {json.dumps(value)[:60]}; expected a string")
+    return value and clean_text(value)
+
+
+def files_in(root: Path, suffixes: set[str], below: bool = True) -> list[Path]:
+    """The files of a folder, and of the folders below it, with one of these suffixes, in capitals too.
+
+    Hidden ones are left out: Mac's "._a.png" is no picture.
+    """
+    paths = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if below and not name.startswith(".")]
+        paths += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in paths if path.suffix.lower() in suffixes)
+
+
+_TURNS = {  # EXIF's orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_picture(path: str | Path, side: int | None = None) -> Image.Image:
+    """A picture as viewers show it, in RGB: turned as its EXIF data say, on white, the first frame, all shades of grey.
+
+    With `side` its centre square, resized. ValueError if it does not decode, or has more pixels than Pillow thinks safe.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow has to say about metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return _as_seen(image, side)
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged bytes Pillow's decoders raise anything: SyntaxError, struct.error, zlib.error...
+        raise ValueError(f"{path} does not decode ({type(error).__name__}: {error})") from error
+
+
+def _as_seen(image: Image.Image, side: int | None) -> Image.Image:
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if side:
+        image.draft(None, (DRAFT * side, DRAFT * side))  # a JPEG decodes at half, a quarter or an eighth of its size
+    if image.mode[0] in "IF":
+        image = _in_8_bits(image)
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if side:
+        short = min(image.size)
+        left, top = (image.width - short) // 2, (image.height - short) // 2
+        image = image.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+DRAFT = 4  # a JPEG is decoded at no less than this many times the side that is asked for
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Grey in 16 bits, whole numbers or fractions -> 8 bits. Pillow's own convert makes all above 255 white."""
+    values = np.nan_to_num(np.asarray(image, np.float32))
+    whites = (1, 255, 65535) if image.mode == "F" else (65535,)  # fractions have no fixed white: the least that holds them
+    white = next((white for white in whites if values.max() <= white), values.max())
+    return Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
+
+
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+CACHE_BYTES = 256e6  # of decoded pictures: what fits is decoded once, not every epoch
 
 
 class Folder:
     """Pictures with captions: metadata.jsonl (the Hugging Face imagefolder form), or a .txt beside each picture.
 
-    A picture that does not decode is skipped and counted in `skipped`; ValueError if no captioned picture is found.
+    Left out and counted: pictures without a caption, or with an empty one, and those that metadata.jsonl names and that are
+    not there. A picture that does not decode is skipped and counted in `skipped`. ValueError if none is left.
     """
 
     def __init__(self, root: str | Path, image_size: int, seed: int = 0):
         self.root, self.image_size, self.seed = Path(root), image_size, seed
-        self.uncaptioned = 0  # pictures left out
-        self.pairs = self._read_metadata() if (self.root / "metadata.jsonl").is_file() else self._read_sidecars()
+        metadata = self.root / "metadata.jsonl"
+        named = self._read_metadata(metadata) if metadata.is_file() else self._read_sidecars()
+        there = [(path, caption) for path, caption in named if os.path.isfile(path)]
+        self.pairs = [(path, caption) for path, caption in there if caption]
+        self.captioned = {path for path, _ in self.pairs}
+        self.missing = len(named) - len(there)
+        pictures = {path for path, _ in there}.union(files_in(self.root, PICTURE_SUFFIXES))
+        self.uncaptioned = len(pictures - self.captioned)
         if not self.pairs:
-            raise ValueError(f"{root} holds no captioned picture; expected metadata.jsonl with file_name and text, "
-                             f"or a .txt beside each picture ({', '.join(sorted(PICTURE_SUFFIXES))})")  # fmt: skip
+            raise ValueError(f"{root} holds no captioned picture ({self.about()}); expected metadata.jsonl with file_name "
+                             f"and text, or a .txt beside each picture ({', '.join(sorted(PICTURE_SUFFIXES))})")  # fmt: skip
         self.skipped: set[Path] = set()
         self.prompts = tuple(dict.fromkeys(caption for _, caption in self.pairs))[:8]
+        self.order = lru_cache(maxsize=2)(self._order)
+        self.picture = lru_cache(maxsize=int(CACHE_BYTES / (3 * image_size**2)))(self._picture)
 
     def about(self) -> str:
-        left_out = f"; {self.uncaptioned} left out without a caption" if self.uncaptioned else ""
-        return f"{len(self.pairs)} pictures with captions{left_out}"
+        uncaptioned = f"; {self.uncaptioned} left out without a caption" if self.uncaptioned else ""
+        missing = f"; {self.missing} that metadata.jsonl names are not there" if self.missing else ""
+        return f"{len(self.captioned)} pictures with captions{uncaptioned}{missing}"
 
     def fingerprint(self) -> str:
         """Changes with the list of pictures, their captions and their files' sizes; not with times, which copying changes."""
         digest = hashlib.sha256()
         for path, caption in self.pairs:
-            size = path.stat().st_size if path.is_file() else None
-            digest.update(repr((path.relative_to(self.root).as_posix(), size, caption)).encode())
+            name = path.as_posix().removeprefix(self.root.as_posix())
+            digest.update(repr((name, path.stat().st_size, caption)).encode())
         return digest.hexdigest()
 
-    def _read_metadata(self) -> list[tuple[Path, str]]:
-        pairs = []
-        for number, line in enumerate((self.root / "metadata.jsonl").read_text("utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-                pairs += [(self.root / row["file_name"], str(row["text"]))] if row else []
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.root / 'metadata.jsonl'}, line {number}: {error!r}; expected a JSON object "
-                                 "with file_name and text") from None  # fmt: skip
-        return pairs
+    def _read_metadata(self, metadata: Path) -> list[tuple[Path, str]]:
+        named = []
+        for where, record in read_records(metadata):
+            name = text_in(record, "file_name", where)
+            if not name:
+                raise ValueError(f"{where}: expected file_name, the name of a picture, and text, its caption")
+            named.append((self.root / name, (text_in(record, "text", where) or "").strip()))
+        return named
 
     def _read_sidecars(self) -> list[tuple[Path, str]]:
-        pictures = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
-        pairs = [(p, p.with_suffix(".txt").read_text("utf-8").strip()) for p in pictures if p.with_suffix(".txt").is_file()]
-        self.uncaptioned = len(pictures) - len(pairs)
-        return pairs
+        texts = {path.with_suffix(""): path for path in files_in(self.root, {".txt"})}
+        pictures = [(path, texts.get(path.with_suffix(""))) for path in files_in(self.root, PICTURE_SUFFIXES)]
+        return [(path, read_text(text).strip()) for path, text in pictures if text]
 
-    def _decode(self, path: Path) -> np.ndarray:
-        """The centre square, resized; transparency on white."""
-        with Image.open(path) as image:
-            image = image.convert("RGBA")
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.resize((self.image_size,) * 2, Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-        return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+    def _picture(self, path: Path) -> np.ndarray:
+        return np.asarray(read_picture(path, self.image_size))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
 
     def example(self, index: int, draws: int) -> tuple[str, np.ndarray]:
         epoch, place = divmod(index, len(self.pairs))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
+        order = self.order(epoch)
         for k in range(len(order)):
             path, caption = self.pairs[order[(place + k) % len(order)]]
             try:
-                return caption, np.stack([self._decode(path)] * draws)
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                return caption, np.stack([self.picture(path)] * draws)
+            except ValueError as error:
                 if not self.skipped:
-                    warnings.warn(
-                        f"{path} does not decode and is skipped ({error}); later ones are counted silently",
-                        stacklevel=2,
-                    )
+                    warnings.warn(f"{error} and is skipped; later ones are counted silently", stacklevel=2)
                 self.skipped.add(path)
         raise ValueError(f"none of the {len(self.pairs)} pictures in {self.root} decodes")
 

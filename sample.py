@@ -43,7 +43,15 @@ from cli import (
     write_text,
     write_whole,
 )
-from data import PICTURE_SUFFIXES
+from data import (
+    PICTURE_SUFFIXES,
+    files_in,
+    read_lines,
+    read_picture,
+    read_records,
+    read_text,
+    text_in,
+)
 from flow import euler_sample
 from model import FrozenLLM, Tower, ask_hub, load_llm
 
@@ -245,35 +253,50 @@ def thinking_of(llm: FrozenLLM, args: argparse.Namespace) -> list | None:
         return None
     path = Path(args.frame or FRAMES / ("rewrite.txt" if args.rewrite else "think.txt"))
     try:
-        frame = path.read_text("utf-8").removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        frame = read_text(path).removesuffix("\n")
+    except (OSError, ValueError) as error:
         raise ValueError(f"--frame {path} cannot be read: {error}") from None
     shown = {None: "all", "context": "written", "reencode": "reencode"}[args.rewrite]
     return [llm.chat(frame) if llm.tokenizer.chat_template else frame, args.think or 48, shown]
 
 
 def open_picture(path: str) -> Image.Image:
+    """The picture of --image, whole, as viewers show it. ValueError if it does not decode."""
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"--image {path} does not decode: {error}") from None
+        return read_picture(path)
+    except ValueError as error:
+        raise ValueError(f"--image {error}; expected a whole PNG, JPEG, or other picture") from None
 
 
 def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
-    """Name, text and record of each prompt: a file with a prompt a line; .jsonl or .json with objects that have "prompt"
-    (GenEval, WISE); a folder of .txt files with a prompt each (DPG-Bench). ValueError if it is none of these."""
+    """Name, text and record of each prompt: a file with a prompt a line (blank lines are none); .jsonl or .json with objects
+    that have "prompt" (GenEval, WISE); a folder of .txt files with a prompt each (DPG-Bench).
+
+    ValueError if it is none of these, or holds no prompt.
+    """
+    prompts = []
     if path.is_dir():
-        return [(file.stem, file.read_text("utf-8").strip(), {}) for file in sorted(path.glob("*.txt"))]
-    text = path.read_text("utf-8")
-    if path.suffix not in (".json", ".jsonl"):
-        return [(f"{i:05d}", line, {}) for i, line in enumerate(text.splitlines())]
-    try:
-        whole = path.suffix == ".json"
-        records = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
-        lower = [{key.lower(): value for key, value in record.items()} for record in records]
-        return [(str(x.get("prompt_id", f"{i:05d}")), x["prompt"], record) for i, (x, record) in enumerate(zip(lower, records))]
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: expected JSON objects that have a "prompt" ({type(error).__name__}: {error})') from None
+        for file in files_in(path, {".txt"}, below=False):
+            text = read_text(file).strip()
+            if not text:
+                raise ValueError(f"--prompts {file} is empty; expected a prompt")
+            prompts.append((file.stem, text, {}))
+    elif path.suffix.lower() not in (".json", ".jsonl"):
+        for _, line in read_lines(path):
+            prompts.append((f"{len(prompts):05d}", line, {}))
+    else:
+        for where, record in read_records(path):
+            lower = {key.lower(): value for key, value in record.items()}
+            prompt = text_in(lower, "prompt", where)
+            name = lower.get("prompt_id", f"{len(prompts):05d}")
+            if prompt is None:
+                raise ValueError(f'{where}: {json.dumps(record)[:60]}; expected JSON objects that have a "prompt"')
+            if not isinstance(name, int | str) or Path(str(name)).name != str(name):
+                raise ValueError(f"{where}: prompt_id is {json.dumps(name)[:60]}; expected what a file can be named after")
+            prompts.append((str(name), prompt, record))
+    if not prompts:
+        raise ValueError(f"--prompts {path} holds no prompt; expected a prompt a line, JSON objects, or a folder of .txt")
+    return prompts
 
 
 LAYOUTS = {"geneval": 4, "dpg": 4, "wise": 1}  # pictures of each prompt that the evaluator expects
