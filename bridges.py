@@ -189,8 +189,8 @@ class KeyValueFusion(ImageExpert):
 class Prepending(ImageExpert):
     """A single stream: text tokens and then image tokens through the same blocks, all seeing all but the padding.
 
-    `text` makes the text tokens out of a Context, (B, T, D); or (B, T, (blocks + 1) D), of which the first D are the tokens and
-    the others are added to them after each block. Text tokens get the sine-cosine table of their places.
+    `text` makes the text tokens out of a Context, (B, T, D); or (B, T, blocks D), of which the first D are the tokens and the
+    others are added to them after each block but the last. Text tokens get the sine-cosine table of their places.
     states: the hidden states that it reads (see FrozenLLM.keep), of width text_width. text_layers: only the shapes of heads.
 
     Deviation: hidden states are normed and then standardized, each dimension by its mean and deviation over some captions. Of
@@ -242,7 +242,7 @@ class Prepending(ImageExpert):
             q, k, v = block.project(both, m)
             attended = joint_attention(q, k[:, :, T:], v[:, :, T:], k[:, :, :T], v[:, :, :T], context.lengths)
             both = block.finish(both, attended, m)
-            if later:
+            if i < len(later):
                 both = both + F.pad(later[i].to(both.dtype), (0, 0, 0, N))
         return self.end(both[:, T:], last, x_t, t)
 
@@ -266,7 +266,8 @@ class Dense(Prepending):
 
 class HiddenStates(Prepending):
     """Hidden states, each projected. One of them: the usual text encoder, with the last layer's or the one's before
-    (UniFusion, section 2.1). One for the input and one for every block: hidden-state injection (the same section).
+    (UniFusion, section 2.1). One for the input and one after every block but the last, behind which no image token would hear
+    of it: hidden-state injection (the same section).
 
     Deviation for injection: the projection, because the tower is narrower than the LLM; and its blocks may be fewer than the
     LLM's layers, which are then taken evenly spread.
@@ -332,7 +333,7 @@ class LayerwisePooling(Prepending):
     def __init__(self, *args, refiner: bool = True, per_layer: bool = False, **options):
         super().__init__(*args, **options)
         self.config |= {"refiner": refiner, "per_layer": per_layer}
-        n = len(self.blocks) + 1 if per_layer else 1
+        n = len(self.blocks) if per_layer else 1
         self.pools = nn.ModuleList(LayerPooling(len(self.states), self.config["text_width"], self.width) for _ in range(n))
         self.refine = Encoder(self.width, 2 if refiner else 0)
 
@@ -430,7 +431,7 @@ def build_bridge(
             raise ValueError(f"--hidden-state {hidden_state}: expected last, penultimate, or a number from 0 to {top}")
         shape["states"] = [int(number)]
     elif name == "hsi":
-        shape["states"] = [round(i * top / depth) for i in range(depth + 1)]
+        shape["states"] = [round(i * top / max(1, depth - 1)) for i in range(depth)]
     elif name == "lap":
         if stride > top:
             raise ValueError(f"--stride {stride}: {llm.name} has {top} layers; expected at most that")

@@ -47,8 +47,17 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
 )
+from transformers.utils import find_adapter_config_file
 
-from attention import Rotary, find_rotary, joint_attention
+from attention import joint_attention
+from loading import (
+    check_tokenizer,
+    check_weights,
+    fingerprint,  # noqa: F401
+    layer_states,
+    llm_identity,
+    probe,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what one tower hands to the other
@@ -104,12 +113,22 @@ class TextLayer:
 # ---------------------------------------------------------------------------------------------------------------------
 # the frozen LLM
 
-CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "frozen-llm-draws"
+
+
+def user_cache() -> Path:
+    """Where the system keeps what may be made again; a folder for temporary files where there is no home."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"])
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return Path(tempfile.gettempdir())
+
+
+CACHE_FOLDER = user_cache() / "frozen-llm-draws"
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-ROWS, BUCKET = 32, 4  # captions are encoded 32 at a time, padded to a multiple of 4 tokens: see FrozenLLM._encode
-
-
-SHIFT = 7  # positions by which a text is moved, to see how keys turn
+ROWS, TOKENS = 32, 4096  # captions are encoded 32 at a time, long ones fewer: at most so many tokens, and one caption
+BUCKET = 4  # they are padded to a multiple of 4 tokens: see FrozenLLM._encode
 
 
 class Enough(Exception):
@@ -147,23 +166,26 @@ class FrozenLLM:
     `seconds` adds up the time spent in the LLM. ValueError if the model has no key-value cache or is not causal.
     `read` sets what stands around a caption, `look` puts a picture before it, `think` lets the LLM write on after it, `keep`
     says which layers are handed over.
-    `revision`: the commit of its Hub repository, None for a local model.
+    `revision`: the commit of its Hub repository, None for a local model. writes: whether it has a language-model head.
+    `identity`: what a checkpoint keeps of it (loading.llm_identity).
     """
 
-    def __init__(self, model, tokenizer, name: str, cache_mb: float = 512, revision: str | None = None):
+    def __init__(
+        self, model, tokenizer, name: str, cache_mb: float = 512, revision: str | None = None, writes: bool = True
+    ):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.device, self.dtype = model.device, model.dtype
-        self.fingerprint, self.revision = fingerprint(model), revision
-        self.processor, self.seconds = None, 0.0
+        self.identity, self.revision, self.writes = llm_identity(model, tokenizer), revision, writes
+        self.fingerprint = self.identity["llm_fingerprint"]
+        self.processor, self.picture, self.thinking, self.seconds = None, None, None, 0.0
         self._cached: OrderedDict[str, Tensor] = OrderedDict()  # caption -> (T, W): all kept layers side by side
         self._cached_bytes, self._cache_limit = 0, int(cache_mb * 1e6)
         self.max_tokens = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9) - 1
         self._warned = False
-        self.layers, self.cache_index, self.rotary = self._probe()
+        self.room, self._before, self._after = 0, "", []
+        self._understand()
         self.keep(range(len(self.layers)))
         self.read()
-
-    # -- what kind of model is this: asked of its behaviour, not of its name
 
     @torch.no_grad()
     def _run(self, ids: Tensor, last: int = 10**9, **more) -> DynamicCache:
@@ -181,54 +203,11 @@ class FrozenLLM:
             return self._run(ids, output_hidden_states=True)
         return self._run(ids, max(self.cache_index[layer.index] for layer in self.kept))
 
-    def _probe(self) -> tuple[list[TextLayer], list[int], list[Rotary]]:
-        """Find the attention layers, check that the model is causal, find how its keys turn."""
-        kind, found = type(self.model).__name__, {}
-        why = "an encoder such as BERT and a state-space model such as Mamba have none"
-        ids = torch.arange(3, 11, device=self.device).repeat(2, 1)
-        ids[1, -1] = 3
-
-        def states(**more) -> dict[int, tuple[Tensor, Tensor]]:
-            layers = enumerate(self._run(ids, **more).layers)
-            having_keys = [(i, *self._states(layer)) for i, layer in layers if getattr(layer, "keys", None) is not None]
-            return {i: (k, v) for i, k, v in having_keys if k.dim() == 4 and k.shape[2] == v.shape[2] == ids.shape[1]}
-
-        try:
-            found = states()
-        except (TypeError, AttributeError, ValueError, RuntimeError, IndexError, KeyError) as error:
-            why = " ".join(str(error).split())[:200]
-        if not found:
-            raise ValueError(f"{self.name} ({kind}) keeps no key-value cache that an image could attend to; expected a decoder "
-                             f"LLM ({why})")  # fmt: skip
-        keys = torch.stack([k[:, 0, :-1].float() for k, _ in found.values() if k.shape == found[min(found)][0].shape])
-        if not torch.allclose(keys[:, 0], keys[:, 1], rtol=1e-2, atol=1e-2):
-            raise ValueError(f"{self.name} ({kind}) is not causal: a later token changes the keys of an earlier one; "
-                             "expected a decoder LLM")  # fmt: skip
-        layers = [TextLayer(n, k.shape[1], k.shape[3], v.shape[3]) for n, (k, v) in enumerate(found.values())]
-        try:
-            moved = states(position_ids=torch.arange(SHIFT, SHIFT + ids.shape[1], device=self.device).expand_as(ids))
-        except (TypeError, ValueError, RuntimeError, IndexError):
-            moved = found  # a model that takes no positions
-        known = self._frequencies()
-        rotary = [find_rotary(found[i][0].float(), moved[i][0].float(), SHIFT, known) for i in found]
-        return layers, list(found), rotary
-
-    def _states(self, layer) -> tuple[Tensor, Tensor]:
-        """Keys (B, G, T, Dk) and values (B, G, T, Dv) of a cache's layer. Latent attention (DeepSeek-V2, section 2.1) keeps one
-        latent for all heads, and one key that turns: heads ask for both side by side, and what they read is the latent."""
-        config = self.model.config.get_text_config()
-        parts = layer.keys.shape[-1], layer.values.shape[-1]
-        if parts == (getattr(config, "kv_lora_rank", None), getattr(config, "qk_rope_head_dim", None)):
-            return torch.cat([layer.keys, layer.values], dim=-1), layer.keys
-        return layer.keys, layer.values
-
-    def _frequencies(self) -> list[Tensor]:
-        """The rotary frequencies that the model has, each (R/2,); GPT-J keeps a table instead, of RoFormer's."""
-        buffers = self.model.base_model.named_buffers()
-        found = [b.float().reshape(-1) for name, b in buffers if name.endswith("inv_freq")]
-        if not found and (turning := getattr(self.model.config.get_text_config(), "rotary_dim", None)):
-            found = [10_000 ** (-torch.arange(0, turning, 2, device=self.device) / turning)]  # RoFormer, section 3.2.2
-        return found
+    def _understand(self) -> None:
+        """Find the attention layers, and how their keys turn (see loading.probe)."""
+        seen = probe(self.model, self._run)
+        self.layers = [TextLayer(n, *heads) for n, heads in enumerate(seen.heads)]
+        self.cache_index, self.rotary = seen.places, seen.rotary
 
     def keep(self, indices, hidden: Sequence[int] = (), tokens: bool = False, turned: bool = True, room: int = 0) -> None:
         """Hand over only these attention layers (the expert's own), in this order; the hidden states of these places (0 are
@@ -236,6 +215,7 @@ class FrozenLLM:
         room: positions that stay free after the caption. Empties the cache."""
         self.kept, self.kept_hidden, self.tokens, self.turned = [self.layers[i] for i in indices], list(hidden), tokens, turned
         self.room = room
+        self._check_modes()
         self._widths = [layer.kv_heads * width for layer in self.kept for width in (layer.key_width, layer.value_width)]
         self._widths += [self.hidden_widths[i] for i in hidden]
         self._forget()
@@ -245,6 +225,20 @@ class FrozenLLM:
         """Of the hidden states: the embeddings' and each layer's."""
         one = torch.full((1, 1), 3, device=self.device)
         return [x.shape[-1] for x in self._run(one, output_hidden_states=True).hidden]
+
+    def _check_modes(self) -> None:
+        """ValueError for what cannot go together, in whichever order it was asked for."""
+        around = len(self.tokenizer(self._before).input_ids) + len(self._after)
+        if around + self.room >= self.max_tokens:
+            raise ValueError(f"the template has {around} tokens, and the LLM takes {self.max_tokens}"
+                             + (f" of which {self.room} stay free" if self.room else "")
+                             + ": it leaves no room for a caption; expected a shorter --template")  # fmt: skip
+        if self.thinking and self.tokens:
+            raise ValueError("--think and --rewrite are for what the LLM reads, and --bridge dense hears nothing of it: "
+                             "leave one out")  # fmt: skip
+        if self.thinking and self.picture:
+            raise ValueError("--image does not go with --think, --rewrite, or a checkpoint that was trained with one: "
+                             "leave it out")  # fmt: skip
 
     def _forget(self) -> None:
         self._cached.clear()
@@ -264,14 +258,19 @@ class FrozenLLM:
         if expose == "after" and not self._after:
             raise ValueError(f"--expose after: the template {template!r} has no text after the caption")
         self.expose = expose
+        self.picture = None
         self.think(None)
 
     def chat(self, template: str = "{}") -> str:
         """The template as a user's message in the model's own chat template. ValueError if the model has none."""
         if not self.tokenizer.chat_template:
             raise ValueError(f"{self.name} has no chat template; expected an instruct model")
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": template}], tokenize=False,
-                                                  add_generation_prompt=True)  # fmt: skip
+        said = [{"role": "user", "content": template}]
+        try:
+            text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # the template is a program of its own
+            why = " ".join(str(error).split())[:200]
+            raise ValueError(f"the chat template of {self.name} fails ({type(error).__name__}: {why})") from None
         return text.removeprefix(self.tokenizer.bos_token or "")  # the tokenizer puts that there itself
 
     def think(self, frame: str | None, tokens: int = 48, show: str = "all") -> None:
@@ -281,10 +280,14 @@ class FrozenLLM:
         second pass. Or "reencode": what was written, read as a caption of its own. The empty prompt of guidance stays as it
         was. Empties the cache. `written`: caption -> what the LLM wrote. ValueError if the frame has not one {}.
         """
-        self.thinking, self.written, self.picture = frame and [frame, tokens, show], {}, None
+        self.thinking, self.written = frame and [frame, tokens, show], {}
         self._forget()
+        self._check_modes()
         if frame is None:
             return
+        if not self.writes:
+            raise ValueError(f"{self.name} was saved without its language-model head and cannot write: leave out --think "
+                             "and --rewrite")  # fmt: skip
         if frame.count("{}") != 1:
             raise ValueError(f"the frame {frame[-60:]!r}: expected a text with one {{}}, where the prompt stands")
         self._frame_start = self.tokenizer(frame.split("{}")[0]).input_ids
@@ -345,6 +348,7 @@ class FrozenLLM:
                 what = " ".join(str(error).split())[:200]
                 raise ValueError(f"--image: the processor of {self.name} does not load: {what}") from None
         self.picture = picture
+        self._check_modes()
         self._forget()
 
     @torch.no_grad()
@@ -377,41 +381,53 @@ class FrozenLLM:
             if not self._warned:
                 warnings.warn(f"a caption of {len(ids)} tokens is cut to the {room} that {self.name} takes", stacklevel=3)
             self._warned = True
-        return ids[:room] + self._after
+        ids = ids[:room] + self._after
+        if ids and max(ids) >= self.embeddings:
+            raise ValueError(f"{caption[:60]!r} has the token {max(ids)}, and {self.name} embeddings of {self.embeddings} tokens; "
+                             "was resize_token_embeddings forgotten?")  # fmt: skip
+        return ids
+
+    @cached_property
+    def embeddings(self) -> int:
+        """How many tokens the LLM knows."""
+        return getattr(self.model.get_input_embeddings(), "num_embeddings", 10**9)
 
     def hidden(self, length: int) -> int:
-        """How many of a caption's tokens, the first ones, the image may not look at."""
-        return length - len(self._after) if self.expose == "after" else 0
+        """How many of a caption's tokens, the first ones, the image may not look at. A tower that asks for the tokens alone
+        has its own embedding of them, in which nothing after the caption knows what it said."""
+        return length - len(self._after) if self.expose == "after" and not self.tokens else 0
 
-    def _encode(self, rows: list[list[int]], length: int) -> Tensor:
-        """Token rows -> (ROWS, length, W): keys and values of all kept layers side by side, W = sum of G (Dk + Dv).
+    def _encode(self, rows: list[list[int]], length: int, count: int) -> Tensor:
+        """At most `count` token rows -> (count, length, W): keys and values of all kept layers side by side, W = sum of
+        G (Dk + Dv).
 
         Always the same shape for the same caption, whatever its neighbours: matrix kernels choose their summation order by
         shape, and a caption's keys must come out bit for bit the same after a resume as before.
         """
         if length == 0 or not self._widths:  # the empty prompt of a tokenizer without BOS has no token at all
-            return torch.zeros(ROWS, length, sum(self._widths), dtype=self.dtype, device=self.device)
-        ids = torch.zeros(ROWS, length, dtype=torch.long)
+            return torch.zeros(count, length, sum(self._widths), dtype=self.dtype, device=self.device)
+        ids = torch.zeros(count, length, dtype=torch.long)
         for row, tokens in zip(ids, rows):
             row[: len(tokens)] = torch.tensor(tokens)
-        lengths = torch.tensor([len(row) for row in rows] + [0] * (ROWS - len(rows)), device=self.device)
+        lengths = torch.tensor([len(row) for row in rows] + [0] * (count - len(rows)), device=self.device)
         return self._pack(self._read(ids.to(self.device), lengths), lengths)
 
     def _pack(self, cache: DynamicCache, lengths: Tensor) -> Tensor:
         """What is kept of a cache, side by side (B, T, W), the keys turned so that the image stands at position 0."""
-        parts = []
+        parts, config = [], self.model.config.get_text_config()
         for kept in self.kept:
-            keys, values = self._states(cache.layers[self.cache_index[kept.index]])
+            keys, values = layer_states(config, cache.layers[self.cache_index[kept.index]])
             if self.turned:
                 keys = self.rotary[kept.index](keys.float(), -lengths).to(keys.dtype)
             parts += [x.transpose(1, 2).flatten(2) for x in (keys, values)]  # (ROWS, length, G Dk or G Dv)
         return torch.cat([*parts, *(cache.hidden[i] for i in self.kept_hidden)], dim=-1)
 
     def lookup(self, captions: list[str]) -> dict[str, Tensor]:
-        """caption -> (T, W) for all of them; the LLM runs over those that are not in the cache, each once."""
+        """caption -> (T, W) for all of them, in the order asked; the LLM runs over those not in the cache, each once."""
         started = time.perf_counter()
-        found, missing = {}, {}
-        for caption in dict.fromkeys(captions):
+        found: dict[str, Tensor | None] = dict.fromkeys(captions)  # the order must not depend on what the cache holds
+        missing = {}
+        for caption in found:
             if caption in self._cached:
                 self._cached.move_to_end(caption)
                 found[caption] = self._cached[caption]
@@ -428,9 +444,10 @@ class FrozenLLM:
                 ids = self.tokenize(self.written.get(caption) or caption)
                 missing.setdefault(-(-len(ids) // BUCKET) * BUCKET, []).append((caption, ids))
         for length, group in sorted(missing.items()):
-            for start in range(0, len(group), ROWS):
-                chunk = group[start : start + ROWS]
-                packed = self._encode([ids for _, ids in chunk], length)
+            count = max(1, min(ROWS, TOKENS // max(1, length)))
+            for start in range(0, len(group), count):
+                chunk = group[start : start + count]
+                packed = self._encode([ids for _, ids in chunk], length, count)
                 for row, (caption, ids) in zip(packed, chunk):
                     found[caption] = self._cached[caption] = row[self.hidden(len(ids)) : len(ids)].clone()
                     self._cached_bytes += found[caption].nbytes
@@ -477,8 +494,8 @@ class FrozenEncoder(FrozenLLM):
             model.pooler = None  # not among the hidden states, and in many a file not there: it would be another at each load
         super().__init__(model, *args)
 
-    def _probe(self) -> tuple[list, list, list]:
-        return [], [], []
+    def _understand(self) -> None:
+        self.layers, self.cache_index, self.rotary = [], [], []
 
     @torch.no_grad()
     def _run(self, ids: Tensor, attention_mask: Tensor | None = None, **more) -> SimpleNamespace:
@@ -494,16 +511,6 @@ class FrozenEncoder(FrozenLLM):
             raise ValueError(f"{self.name} ({type(self.model).__name__}) is an encoder and writes nothing; leave out --think "
                              "and --rewrite")  # fmt: skip
         super().think(None)
-
-
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and bfloat16 values: the same whether the weights were loaded in bfloat16 or float32."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(weight.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -590,19 +597,32 @@ def load_llm(
             config = type(AutoConfig.from_pretrained(where, **options))
             kind = AutoModelForImageTextToText if config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
             kind = AutoModelForTextEncoding if encoders and config in MODEL_FOR_TEXT_ENCODING_MAPPING else kind
-            return kind, kind.from_pretrained(where, dtype=dtype, **options), AutoTokenizer.from_pretrained(where, **options)
-        except (ValueError, KeyError, ImportError, SafetensorError, RuntimeError) as error:
+            model, found = kind.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
+            adapter = find_adapter_config_file(where, revision=revision, local_files_only=local_files_only)
+            if adapter and not getattr(model, "_hf_peft_config_loaded", False):
+                raise ValueError("an adapter (adapter_config.json) lies beside the model and would be left out; merge it into "
+                                 "the weights first, or install peft")  # fmt: skip
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            return kind, model, tokenizer, set(found["missing_keys"])
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a broken file makes its reader raise anything
             raise cannot(error) from None
 
     try:
-        kind, model, tokenizer = load(local_files_only=True)  # no network at all where nothing has to be fetched
+        kind, model, tokenizer, missing = load(local_files_only=True)  # no network at all where nothing has to be fetched
     except OSError as error:
         if Path(where).is_dir():
             raise cannot(error) from None
         if why := ask_hub(name):
             ways = f"a local folder, a .gguf file, or {', '.join(BUILT_IN)}"
             raise ValueError(f"--llm {name}: {why}; other ways: {ways}") from None
-        kind, model, tokenizer = load(local_files_only=False)
+        kind, model, tokenizer, missing = load(local_files_only=False)
+    try:
+        writes = check_weights(model, missing)
+        check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
+    except ValueError as error:
+        raise cannot(error) from None
     if random_seed is not None:
         torch.manual_seed(random_seed)
         model = kind.from_config(model.config, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -613,7 +633,10 @@ def load_llm(
         Path(config).parent.name if isinstance(config, str) else None
     )  # the Hub's client keeps snapshots/COMMIT/config.json
     frozen = FrozenEncoder if kind is AutoModelForTextEncoding else FrozenLLM
-    return frozen(model.to(device), tokenizer, name, cache_mb, commit)
+    try:
+        return frozen(model.to(device), tokenizer, name, cache_mb, commit, writes)
+    except ValueError as error:
+        raise ValueError(f"--llm {name}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -191,16 +191,16 @@ def test_options_of_the_bridges(tiny_llm):
     assert build_bridge("last", llm, **SIZE).states == [6]
     assert build_bridge("last", llm, hidden_state="penultimate", **SIZE).states == [5]
     assert build_bridge("last", llm, hidden_state="1", **SIZE).states == [1]
-    assert build_bridge("hsi", llm, **SIZE).states == [0, 1, 2, 3, 4, 5, 6]
+    assert build_bridge("hsi", llm, **SIZE).states == [0, 1, 2, 4, 5, 6]
     assert build_bridge("lap", llm, stride=4, **SIZE).states == [0, 4]
     assert len(build_bridge("lap", llm, refiner=False, **SIZE).refine.blocks) == 0
     assert len(build_bridge("metaqueries", llm, **SIZE | {"queries": 5}).queries) == 5
     kv = build_bridge("kv", llm, **SIZE)
     assert (len(kv.blocks), kv.blocks[0].heads, kv.turned) == (6, 4, False)
     per_layer = bridge("lap", llm, per_layer=True, refiner=False, stride=6)
-    assert len(per_layer.pools) == 7
+    assert len(per_layer.pools) == 6
     context = llm.context(CAPTIONS)
-    assert per_layer.prepare(context).text.shape == (3, context.hidden[0].shape[1], 7 * 64)
+    assert per_layer.prepare(context).text.shape == (3, context.hidden[0].shape[1], 6 * 64)
     first = torch.tensor([llm.tokenize(caption)[0] for caption in CAPTIONS[:2]])
     assert torch.equal(context.hidden[0][:2, 0], llm.model.get_input_embeddings()(first))
 

@@ -108,6 +108,7 @@ REFUSED = {  # families that no image can attend to, and what the user is told
                      "roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl",
     "keeps no key-value cache": "cpmant dory falcon_mamba gemma4_unified_assistant inkling2_loop_text longcat_flash mamba "
                                 "mamba2 minimax openai-gpt rwkv xlnet xlstm xmod",
+    "neither stay nor turn by a known law": "deepseek_v4",  # its values turn too
 }  # fmt: skip
 NOT_BUILT = {  # families that AutoModelForCausalLM does not build from a small configuration, so that nothing is known of them
     "parts that must fit each other": "dots3_note dots3_note_text gemma4_assistant qwen4_exp reformer",
@@ -180,7 +181,7 @@ def test_at_least_a_hundred_families():
     refused = [family for lists in (REFUSED, NOT_BUILT) for names in lists.values() for family in names.split()]
     assert len(refused) == len(set(refused)) and len(set(FAMILIES) - set(refused)) >= 100
     if transformers.__version__.startswith(LISTED_WITH):  # what README says
-        assert (len(FAMILIES), len(set(FAMILIES) - set(refused))) == (196, 155)
+        assert (len(FAMILIES), len(set(FAMILIES) - set(refused))) == (196, 154)
 
 
 @pytest.mark.parametrize("family, turning, layout", [  # how many dimensions turn in each layer, and the first three
