@@ -81,6 +81,8 @@ def one_line(error: BaseException) -> str:
     text = flat(str(error))
     if is_out_of_memory(error):
         return f"not enough memory; make --batch-size, --image-size or --width smaller ({kind}: {text})"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"--compile needs a working compiler (C++ on a CPU); leave it out, or install one ({kind}: {text})"
     if text and isinstance(error, SAY_ENOUGH):
         return text
     return f"{kind}: {text} ({TRACEBACK}=1 shows where)"
@@ -158,6 +160,14 @@ seed_number = between(0, 2**31 - 1, int)  # every generator takes it
 share = between(0, math.nextafter(1, 0), expected="a number from 0 to below 1")
 
 
+def words(text: str) -> str:
+    """argparse type: text for an LLM. What the terminal's encoding could not read is read as UTF-8, or becomes U+FFFD."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:  # half a character, as Windows can hand over
+        return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def pick_device(name: str):
     """ "auto" or a device's name -> the torch.device, and why."""
     import torch
@@ -217,8 +227,8 @@ def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
         else:
             os.replace(beside, path)
     except Exception as error:
-        why = flat(str(error))
-        raise OSError(f"{path} could not be written, and is what it was before: {why}") from error
+        old = "; what it held before is untouched" if path.exists() else ""
+        raise OSError(f"{path} could not be written{old}: {flat(str(error))}") from error
     finally:
         if beside.is_dir():
             shutil.rmtree(beside, ignore_errors=True)

@@ -17,11 +17,11 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
 
 import argparse
 import json
-import os
-import resource
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +32,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bridges import BRIDGES, ON_HIDDEN_STATES, MirrorTower, build_bridge
-from cli import OneLineParser, one_line_errors, pick_device, pick_dtype, positive, seed_number
+from cli import (
+    Locked,
+    OneLineParser,
+    between,
+    make_folder,
+    one_line_errors,
+    pick_device,
+    pick_dtype,
+    positive,
+    seed_number,
+    share,
+    words,
+    write_text,
+    write_whole,
+)
 from data import Emoji, Folder, Shapes, open_source
 from flow import flow_loss, sample_time
+from loading import check_same_llm
 from model import ExpertBlock, FrozenLLM, Tower, load_llm, read_safetensors
 from sample import add_thinking, captioned_grid, draw, thinking_of, to_tensor
 
+STATE = "train_state.safetensors"  # in the run's folder: all that --resume needs
 LOOK_AHEAD = 32  # steps whose captions go to the LLM together
 LOG_EVERY = 50  # steps a line of metrics.jsonl
 TIME_BINS = 5  # of equal width in t
@@ -55,6 +71,7 @@ GOES_WITH = {  # flags that mean something only beside another
     ("bridge", "metaqueries"): ("queries",),
 }
 MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every", "context_cache_mb"}  # on resuming
+MAY_MOVE = {"llm", "data", "emoji_font"}  # on resuming: places, of which it is the content that must be the same
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> argparse.Namespace:
@@ -64,7 +81,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add = parser.add_argument
     add("--llm", default="gemma-3-270m", help="Hub id, local folder, .gguf file, or gemma-3-270m")
     add("--random-llm", action="store_true", help="the control: fresh weights, from the seed, in place of the LLM's own")
-    add("--template", default="{}", help="what the LLM reads: a text with {} where the caption stands")
+    add("--template", type=words, default="{}", help="what the LLM reads: a text with {} where the caption stands")
     add("--expose", default="all", choices=["all", "after"], help="which of it the image may look at")
     add("--chat", action="store_true", help="put it into the model's own chat template, as what the user says")
     add_thinking(parser)
@@ -87,10 +104,15 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     )
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate")
     add("--warmup", type=positive(int), default=200, help="steps of linear warm-up; then linear decay to zero")
-    add("--weight-decay", type=float, default=0.01, help="the higher, the less the expert trusts what only training shows")
-    add("--ema", type=float, default=0.999, help="decay of the weights' moving average")
-    add("--caption-dropout", type=float, default=0.1, help="share of pictures trained on the empty prompt, for guidance")
-    add("--time-mean", type=float, default=-0.4, help="mean of the logit-normal time; below zero leans to the noise")
+    add(
+        "--weight-decay",
+        type=between(0, 1000),
+        default=0.01,
+        help="the higher, the less the expert trusts what only training shows",
+    )
+    add("--ema", type=share, default=0.999, help="decay of the weights' moving average")
+    add("--caption-dropout", type=share, default=0.1, help="share of pictures trained on the empty prompt, for guidance")
+    add("--time-mean", type=between(-10, 10), default=-0.4, help="mean of the logit-normal time; below zero leans to the noise")
     add("--prediction", default="clean", choices=["clean", "velocity"], help="what the network's head gives")
     add("--expert", default="tiny", choices=["tiny", "mirror"], help="the image tower: our own, or a copy of the LLM's decoder")
     add("--init", default="llm", choices=["llm", "random"], help="--expert mirror: start from the LLM's weights or from chance")
@@ -130,23 +152,19 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     of_llm = "" if args.llm == parser.get_default("llm") else f"-{Path(args.llm).name}"
     of_llm += ("-random-llm" if args.random_llm else "") + ("-mirror" if args.expert == "mirror" else "")
     of_llm += "" if args.bridge == "mot" else f"-{args.bridge}"
-    args.out = args.out or f"runs/{Path(args.data).name}{of_llm}"
+    args.out = args.out or f"runs/{Path(args.data).resolve().name}{of_llm}"
     if args.batch_size % args.draws:
         raise ValueError(f"--batch-size {args.batch_size} does not divide by --draws {args.draws}")
-    for name, value, top in (("ema", args.ema, 1), ("caption-dropout", args.caption_dropout, 1)):
-        if not 0 <= value < top:
-            raise ValueError(f"--{name} {value}: expected a number from 0 to below {top}")
     return args
 
 
 def settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict]:
     """The command line, and for --resume the stored run: (args, metadata, tensors). The stored settings win."""
     args = parse_args(argv)
-    state = Path(args.out) / "train_state.safetensors"
     if not args.resume:
-        if state.exists():
-            raise ValueError(f"{args.out} already holds a run: --resume goes on with it, --out NAME starts another")
+        refuse_overwriting(args.out)
         return args, {}, {}
+    state = Path(args.out) / STATE
     if not state.exists():
         raise ValueError(f"--resume: there is no run in {args.out} (no train_state.safetensors); --out names the run")
     metadata, tensors = read_safetensors(state)
@@ -155,15 +173,21 @@ def settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict]:
     except KeyError:
         raise ValueError(f"{state} is not the state of a training run") from None
     merged = parse_args(argv, stored)
-    changed = [key for key, value in vars(merged).items() if key not in MAY_CHANGE and value != stored.get(key)]
+    may_change = MAY_CHANGE | (MAY_MOVE if "data_fingerprint" in metadata else {"llm"})
+    changed = [key for key, value in vars(merged).items() if key not in may_change and value != stored.get(key)]
     if changed:
         flag = changed[0].replace("_", "-")
         raise ValueError(f"--resume: this run has --{flag} {stored.get(changed[0])}; another value needs a new run (--out)")
     return merged, metadata, tensors
 
 
+def refuse_overwriting(out: str) -> None:
+    if (Path(out) / STATE).exists():
+        raise ValueError(f"{out} already holds a run: --resume goes on with it, --out NAME starts another")
+
+
 def build_expert(args: argparse.Namespace, llm: FrozenLLM, source) -> Tower:
-    made_for = {"llm": args.llm, "llm_revision": llm.revision, "llm_fingerprint": llm.fingerprint,
+    made_for = {"llm": args.llm, "llm_revision": llm.revision, **llm.identity,
                 "random_llm": args.seed if args.random_llm else None, "template": llm.template, "expose": llm.expose,
                 "thinking": llm.thinking, "data": args.data}  # fmt: skip
     if args.one_object:
@@ -223,6 +247,7 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     device: torch.device
     dtype: torch.dtype
+    data: dict[str, str]  # what the data is (`about`) and, unless it comes from the seed, its fingerprint
     step: int = 0  # steps done
 
 
@@ -231,20 +256,24 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     device, why_device = pick_device(args.device)
     dtype, why_dtype = pick_dtype(args.dtype, device)
     print(f"device {device} ({why_device}); {dtype} ({why_dtype}); seed {args.seed}", flush=True)
-    source = open_source(args.data, args.image_size, args.seed, args.one_object, args.emoji_font, args.emoji_variants)
     before = json.loads(metadata["config"])["made_for"] if metadata else {}
-    llm = load_llm(args.llm, device, dtype, args.context_cache_mb, args.trust_remote_code,
-                   args.seed if args.random_llm else None, before.get("llm_revision"),
-                   args.bridge in ON_HIDDEN_STATES)  # fmt: skip
+    revision = before.get("llm_revision") if args.llm == before.get("llm") else None
+    with it_may_have_moved("data", args):
+        source = open_source(args.data, args.image_size, args.seed, args.one_object, args.emoji_font, args.emoji_variants)
+    data = data_of(source)
+    check_data(args.data, metadata, data)
+    with it_may_have_moved("llm", args):
+        llm = load_llm(args.llm, device, dtype, args.context_cache_mb, args.trust_remote_code,
+                       args.seed if args.random_llm else None, revision, args.bridge in ON_HIDDEN_STATES)  # fmt: skip
     llm.read(before.get("template") or (llm.chat(args.template) if args.chat else args.template), args.expose)
     llm.think(*before.get("thinking") or thinking_of(llm, args) or [None])
     expert = build_expert(args, llm, source).to(device)
     expert.attach(llm)
-    Path(args.out).mkdir(parents=True, exist_ok=True)  # nothing is written before everything is there
+    make_folder(args.out)  # nothing is written before everything is there
     ema = type(expert)(**expert.config).to(device).requires_grad_(False)
     ema.load_state_dict(expert.state_dict())
     ema.attach(llm)
-    run = Run(args, source, llm, expert, ema, build_optimizers(expert, args.lr, args.weight_decay), device, dtype)
+    run = Run(args, source, llm, expert, ema, build_optimizers(expert, args.lr, args.weight_decay), device, dtype, data)
     if metadata:
         load_run(run, metadata, tensors)
     side, weights = args.image_size // args.patch, "fresh from the seed and frozen" if args.random_llm else "all frozen"
@@ -254,10 +283,41 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
           f"{keys}")  # fmt: skip
     print(f"expert: {sum(p.numel() for p in expert.parameters()) / 1e6:.1f} M parameters, all trained; "
           f"{len(expert.blocks)} layers of width {expert.width}, {side}x{side} image tokens")  # fmt: skip
-    if isinstance(source, Emoji):
-        print(f"{len(source.trained)} emoji to train on, {len(source.held_out)} held out; the font lacks {len(source.missing)}")
-    print(f"data {args.data}; run {args.out}" + (f", resumed at step {run.step}" if run.step else ""), flush=True)
+    print(f"data {args.data}: {data['data_about']}; run {args.out}"
+          + (f", resumed at step {run.step}" if run.step else ""), flush=True)  # fmt: skip
     return run
+
+
+@contextmanager
+def it_may_have_moved(flag: str, args: argparse.Namespace) -> Iterator[None]:
+    """A resumed run looks for its LLM and its data where they lay: if they are gone, say how to name the new place."""
+    place = getattr(args, flag)
+    try:
+        yield
+    except ValueError as error:
+        if not args.resume or Path(place).exists():
+            raise
+        hint = f"the run has --{flag} {place}, seen from {Path.cwd()}; if it has moved: --resume --{flag} NEW_PLACE"
+        raise ValueError(f"{error} ({hint})") from None
+
+
+def data_of(source) -> dict[str, str]:
+    """What is kept of the data, to know them again on resuming; of shapes, drawn from the seed, no fingerprint."""
+    data = {"data_about": source.about()}
+    fingerprint = source.fingerprint()
+    if fingerprint:
+        data["data_fingerprint"] = fingerprint
+    return data
+
+
+def check_data(name: str, stored: dict[str, str], now: dict[str, str]) -> None:
+    """ValueError if a run goes on with other data than it was trained on (older runs have not stored what that was)."""
+    before = stored.get("data_fingerprint")
+    if before and before != now.get("data_fingerprint"):
+        raise ValueError(
+            f"--resume: --data {name} has changed (then: {stored['data_about']}; now: {now['data_about']}; names, captions or "
+            "contents differ); put it back as it was, or start another run (--out)"
+        )
 
 
 def save_run(run: Run) -> None:
@@ -268,20 +328,21 @@ def save_run(run: Run) -> None:
     for name, p in run.expert.named_parameters():
         tensors |= {f"expert.{name}": p} | {f"{key}.{name}": value for key, value in moments[p].items()}
     metadata = {"step": str(run.step), "args": json.dumps(vars(run.args)), "config": json.dumps(run.expert.config)}
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, out / "train_state.tmp", metadata=metadata)
-    os.replace(out / "train_state.tmp", out / "train_state.safetensors")
-    run.ema.save_pretrained(out / "model.tmp")
-    for path in (out / "model.tmp").iterdir():
-        os.replace(path, out / path.name)
-    (out / "model.tmp").rmdir()
+    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
+    write_whole(out / STATE, lambda path: save_file(tensors, path, metadata=metadata | run.data))
+    write_whole(out / "model", run.ema.save_pretrained)
 
 
 def load_run(run: Run, metadata: dict, tensors: dict) -> None:
-    """The inverse of save_run, in place. ValueError if the run was made with another LLM, or another revision of it."""
-    if json.loads(metadata["config"]) != run.expert.config:
-        was, now = json.loads(metadata["config"])["made_for"], run.expert.made_for
-        raise ValueError(f"--resume: the run was made with {was['llm']} (weights {was['llm_fingerprint'][:12]}), not with "
-                         f"{now['llm']} (weights {now['llm_fingerprint'][:12]})")  # fmt: skip
+    """The inverse of save_run, in place. ValueError if the run was made with another LLM, or another expert."""
+    was = json.loads(metadata["config"])
+    check_same_llm(was["made_for"], run.expert.made_for)
+    for key, value in run.expert.config.items():
+        if key != "made_for" and was.get(key, value) != value:  # the rest of made_for comes from the run's own flags
+            raise ValueError(
+                f"--resume: the run's expert has {key} {was[key]}, and would now have {value}; "
+                "go on with the LLM and the code that it was made with, or start another run (--out)"
+            )
     run.step = int(metadata["step"])
     parts = {}  # name of a parameter -> {"expert", "ema", and the optimizer's moments of it}
     for key, value in tensors.items():
@@ -295,10 +356,16 @@ def load_run(run: Run, metadata: dict, tensors: dict) -> None:
             optimizer_of[p].state[p] = parts[name]
 
 
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The chance of one step of one run. On a CPU torch keeps the low 32 bits of a seed: both are mixed into those."""
+    mixed = np.random.SeedSequence([seed, step]).generate_state(1)
+    return torch.Generator().manual_seed(int(mixed[0]))
+
+
 def train_step(run: Run, predict: Callable, captions: list[str], pictures: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """One optimizer step on a batch. Returns the loss and the time of each picture, both (B,), and the gradient's norm."""
     args = run.args
-    generator = torch.Generator().manual_seed((args.seed << 32) + run.step)  # all chance of this step: nothing to store
+    generator = step_generator(args.seed, run.step)  # all chance of this step: nothing to store
     data = to_tensor(pictures, run.device)
     noise = torch.randn(data.shape, generator=generator).to(run.device)
     t = sample_time(len(data), args.time_mean, 1.0, generator).to(run.device)
@@ -320,9 +387,19 @@ def train_step(run: Run, predict: Callable, captions: list[str], pictures: np.nd
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     rate = 1 - min(args.ema, (run.step + 1) / (run.step + 10))  # a short memory at first, when the weights move fast
-    torch._foreach_lerp_(list(run.ema.parameters()), list(run.expert.parameters()), rate)
+    with torch.no_grad():  # else the average's graph would grow with every step
+        torch._foreach_lerp_(list(run.ema.parameters()), list(run.expert.parameters()), rate)
     run.step += 1
     return losses.detach(), t, norm
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; of one that a full disk or a power loss has cut, no step of any run."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 class Metrics:
@@ -330,8 +407,8 @@ class Metrics:
 
     def __init__(self, run: Run):
         self.run, self.path = run, Path(run.args.out) / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= run.step))
+        lines = self.path.read_text("utf-8", "replace").split("\n") if self.path.exists() else []
+        write_text(self.path, "".join(f"{line}\n" for line in lines if step_of(line) <= run.step))
         self.first, self.started, self.llm_before = run.step, time.perf_counter(), run.llm.seconds
         self.sum, self.count = torch.zeros(TIME_BINS), torch.zeros(TIME_BINS)
 
@@ -362,25 +439,37 @@ class Metrics:
             "images_per_second": images_per_second,
             "llm_share": llm_share,
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.path} could not be written: {error}") from error
         self.sum.zero_(), self.count.zero_()
         return f"loss {loss:.4f}, {images_per_second:.0f} images/s"
 
 
 def train(run: Run, until: int | None = None) -> None:
-    """Train to the end, or to step `until`, and save."""
-    started, args = time.perf_counter(), run.args
+    """Train to the end, or to step `until`, and save; no other process may train in the run's folder meanwhile."""
+    args = run.args
     if run.step >= args.steps:
         raise ValueError(f"{args.out} stands at step {run.step} of {args.steps}: nothing left to do; --steps N goes further")
+    with Locked(args.out):
+        if not run.step:
+            refuse_overwriting(args.out)  # another process may have been there while this one loaded its LLM
+        bar = tqdm(total=args.steps, initial=run.step, unit="step", mininterval=1, dynamic_ncols=True)
+        with bar:  # closed whatever happens, so that an error's line stands below it
+            _train(run, until or args.steps, bar)
+
+
+def _train(run: Run, until: int, progress: tqdm) -> None:
+    started, args = time.perf_counter(), run.args
     predict = torch.compile(run.expert) if args.compile else run.expert
     metrics = Metrics(run)
-    progress = tqdm(total=args.steps, initial=run.step, unit="step", mininterval=1, dynamic_ncols=True)
     for captions, pictures in batches(run.source, run.llm, args.batch_size, args.draws, run.step):
         losses, t, norm = train_step(run, predict, captions, pictures)
         metrics.add(losses, t)
         progress.update()
-        last = run.step == (until or args.steps)
+        last = run.step == until
         saves = run.step % args.save_every == 0 or last
         if run.step % LOG_EVERY == 0 or saves:
             progress.set_postfix_str(metrics.write(norm))
@@ -389,11 +478,12 @@ def train(run: Run, until: int | None = None) -> None:
         if run.step % args.sample_every == 0 or last:
             before, llm_before = time.perf_counter(), run.llm.seconds
             prompts, grid = list(run.source.prompts), Path(args.out) / f"samples-{run.step:06d}.png"
-            captioned_grid(draw(run.ema, run.llm, prompts, [args.seed] * len(prompts))[:, None], prompts).save(grid)
+            pictures = draw(run.ema, run.llm, prompts, [args.seed] * len(prompts))
+            write_whole(grid, captioned_grid(pictures[:, None], prompts).save)
             metrics.pause(time.perf_counter() - before, run.llm.seconds - llm_before)
         if last:
             break
-    progress.close()
+    progress.close()  # what is printed now stands below it
     if skipped := getattr(run.source, "skipped", None):
         print(f"pictures that did not decode and were skipped: {len(skipped)}")
     images_per_second, llm_share = metrics.speed()
@@ -403,6 +493,10 @@ def train(run: Run, until: int | None = None) -> None:
 
 
 def peak_memory_gb(device: torch.device) -> str:
+    try:
+        import resource
+    except ImportError:
+        return "unknown"  # Windows
     gb = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6):.1f} GB"
     return gb + (f" ({torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU)" if device.type == "cuda" else "")
 

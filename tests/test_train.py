@@ -211,7 +211,6 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_run, llm_folder, t
         (["--width", "30"], "--width 30 does not divide by 4"),
         (["--heads", "3"], "--heads 3: expected a multiple of the LLM's 2"),
         (["--depth", "9"], "--depth 9: .* has 3 attention layers"),
-        (["--ema", "1.5"], "--ema 1.5: expected a number from 0"),
         (["--resume"], "--resume: there is no run in"),
         (["--data", tmp_path / "empty"], "holds no captioned picture"),
         (["--data", "emoji", "--one-object"], "--one-object is for --data shapes alone"),
