@@ -392,17 +392,18 @@ class Emoji:
 
 
 def clean_text(text: str) -> str:
-    """Text that every tokenizer takes: half a surrogate pair becomes U+FFFD, the replacement character.
+    """Text that every tokenizer takes: half a surrogate pair becomes U+FFFD.
 
-    JSON may hold such halves ("\\ud83d", an emoji cut in two), and so may a word from a terminal that is not UTF-8.
+    JSON may hold such halves ("\\ud83d", an emoji cut in two), and so may a word from a terminal
+    that is not UTF-8.
     """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_text(path: Path) -> str:
-    """A user's text file: UTF-8, or UTF-16 as Windows writes it; no byte-order mark, and lines end in "\\n".
+    """A user's text file: UTF-8, or UTF-16 as Windows writes it, without its byte-order mark.
 
-    ValueError if it is something else, with the file and the line.
+    Lines end in "\\n". ValueError, which names the file and the line, if it is in another encoding.
     """
     raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     is_utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -410,27 +411,30 @@ def read_text(path: Path) -> str:
         text = raw.decode("utf-16" if is_utf16 else "utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        what = f"byte {raw[error.start]:#04x} at offset {error.start}"
-        raise ValueError(f"{path}, line {line}: {what} is not {error.encoding}; save the file as UTF-8") from None
+        what = f"byte {raw[error.start]:#04x} is not {error.encoding}"
+        raise ValueError(f"{path}, line {line}: {what}; save the file as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_lines(path: Path) -> list[tuple[str, str]]:
-    """The lines of a user's text file that are not blank, without the space around them, each after "FILE, line NUMBER"."""
-    lines = enumerate(read_text(path).split("\n"), 1)  # splitlines would cut JSON strings at U+2028
-    return [(f"{path}, line {number}", line.strip()) for number, line in lines if line.strip()]
+    """(where, line): the stripped lines of a user's text file. Blank ones are left out."""
+    lines = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines cuts at U+2028 too
+        if line.strip():
+            lines.append((f"{path}, line {number}", line.strip()))
+    return lines
 
 
 def read_records(path: Path) -> list[tuple[str, dict]]:
-    """The objects of a user's JSON-lines file, or of a .json file that holds a list of them, each after where it stands."""
-    whole = path.suffix.lower() == ".json"
+    """(where, object): a user's JSON lines, or a .json file with a list of objects."""
+    is_list = path.suffix.lower() == ".json"
     records = []
-    for where, text in [(str(path), read_text(path))] if whole else read_lines(path):
+    for where, text in [(str(path), read_text(path))] if is_list else read_lines(path):
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}; expected a JSON object") from None
-        for record in value if whole and isinstance(value, list) else [value]:
+        for record in value if is_list and isinstance(value, list) else [value]:
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: {json.dumps(record)[:60]}; expected a JSON object")
             records.append((where, record))
@@ -438,7 +442,7 @@ def read_records(path: Path) -> list[tuple[str, dict]]:
 
 
 def text_in(record: dict, key: str, where: str) -> str | None:
-    """The string under this key; None for null, or if it is not there. ValueError for anything else: it is not converted."""
+    """The string under a key; None for null, or without the key. ValueError for any other value."""
     value = record.get(key)
     if not isinstance(value, str | None):
         raise ValueError(f"{where}: {key} is {json.dumps(value)[:60]}; expected a string")
@@ -446,18 +450,41 @@ def text_in(record: dict, key: str, where: str) -> str | None:
 
 
 def files_in(root: Path, suffixes: set[str], below: bool = True) -> list[Path]:
-    """The files of a folder, and of the folders below it, with one of these suffixes, in capitals too.
+    """The files with one of these suffixes in a folder and, if so wanted, in those below it.
 
-    Hidden ones are left out: Mac's "._a.png" is no picture.
+    Suffixes count in capitals too. Hidden files do not: Mac's "._a.png" is no picture.
     """
     paths = []
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if below and not name.startswith(".")]
-        paths += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in paths if path.suffix.lower() in suffixes)
+        for name in names:
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("."):
+                paths.append(Path(folder, name))
+    return sorted(paths)
 
 
-_TURNS = {  # EXIF's orientation -> what makes the picture upright
+DRAFT = 4  # a JPEG is decoded at no less than this many times the side that is asked for
+
+
+def read_picture(path: str | Path, side: int | None = None) -> Image.Image:
+    """A picture in RGB as viewers show it: upright by its EXIF data, on white, the first frame.
+
+    With `side`, its centre square at that size. ValueError if it does not decode, or has more
+    pixels than Pillow holds for safe.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow has to say about metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return _as_seen(image, side)
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged bytes Pillow raises anything, struct.error for one
+        raise ValueError(f"{path} does not decode ({type(error).__name__}: {error})") from error
+
+
+_TURNS = {  # EXIF's orientation -> what makes upright what the camera stored on its side
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -468,59 +495,50 @@ _TURNS = {  # EXIF's orientation -> what makes the picture upright
 }
 
 
-def read_picture(path: str | Path, side: int | None = None) -> Image.Image:
-    """A picture as viewers show it, in RGB: turned as its EXIF data say, on white, the first frame, all shades of grey.
-
-    With `side` its centre square, resized. ValueError if it does not decode, or has more pixels than Pillow thinks safe.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow has to say about metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _as_seen(image, side)
-    except MemoryError:
-        raise
-    except Exception as error:  # on damaged bytes Pillow's decoders raise anything: SyntaxError, struct.error, zlib.error...
-        raise ValueError(f"{path} does not decode ({type(error).__name__}: {error})") from error
-
-
 def _as_seen(image: Image.Image, side: int | None) -> Image.Image:
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    if side:
-        image.draft(None, (DRAFT * side, DRAFT * side))  # a JPEG decodes at half, a quarter or an eighth of its size
+    # A JPEG can be decoded at a half, a quarter or an eighth of its size, whose last row and column
+    # then stand for less than a pixel: draft says the size without that rounding.
+    drafted = image.draft(None, (DRAFT * side, DRAFT * side)) if side else None
+    image.load()
+    width, height = drafted[1][2:] if drafted else image.size
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # damaged EXIF data: viewers show the picture as it lies
+        turn = None
     if image.mode[0] in "IF":
         image = _in_8_bits(image)
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if side:
-        short = min(image.size)
-        left, top = (image.width - short) // 2, (image.height - short) // 2
-        image = image.resize((side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))
+        short = min(width, height)
+        left, top = (width - short) / 2, (height - short) / 2
+        box = (left, top, left + short, top + short)
+        image = image.resize((side, side), Image.Resampling.LANCZOS, box)
     if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if turn is None else image.transpose(turn)
-
-
-DRAFT = 4  # a JPEG is decoded at no less than this many times the side that is asked for
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    return image.transpose(turn) if turn is not None else image
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Grey in 16 bits, whole numbers or fractions -> 8 bits. Pillow's own convert makes all above 255 white."""
+    """Grey in 16 bits, whole numbers or fractions -> 8 bits; Pillow would cut off all above 255."""
     values = np.nan_to_num(np.asarray(image, np.float32))
-    whites = (1, 255, 65535) if image.mode == "F" else (65535,)  # fractions have no fixed white: the least that holds them
-    white = next((white for white in whites if values.max() <= white), values.max())
-    return Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
+    white = 65535
+    if image.mode == "F":  # no white is agreed on: 1 or 255, whichever holds all values
+        white = 1 if values.max() <= 1 else 255
+    white = max(white, values.max())
+    return Image.fromarray((values.clip(0) * (255 / white)).round().astype(np.uint8))
 
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CACHE_BYTES = 256e6  # of decoded pictures: what fits is decoded once, not every epoch
 
 
 class Folder:
-    """Pictures with captions: metadata.jsonl (the Hugging Face imagefolder form), or a .txt beside each picture.
+    """Pictures with captions: metadata.jsonl (Hugging Face's imagefolder), or a .txt beside each.
 
-    Left out and counted: pictures without a caption, or with an empty one, and those that metadata.jsonl names and that are
-    not there. A picture that does not decode is skipped and counted in `skipped`. ValueError if none is left.
+    Left out and counted: pictures without a caption or with an empty one, and pictures that
+    metadata.jsonl names and that are not there. One that does not decode is skipped and counted in
+    `skipped`. ValueError if none is left.
     """
 
     def __init__(self, root: str | Path, image_size: int, seed: int = 0):
@@ -530,27 +548,34 @@ class Folder:
         there = [(path, caption) for path, caption in named if os.path.isfile(path)]
         self.pairs = [(path, caption) for path, caption in there if caption]
         self.captioned = {path for path, _ in self.pairs}
-        self.missing = len(named) - len(there)
         pictures = {path for path, _ in there}.union(files_in(self.root, PICTURE_SUFFIXES))
         self.uncaptioned = len(pictures - self.captioned)
-        if not self.pairs:
-            raise ValueError(f"{root} holds no captioned picture ({self.about()}); expected metadata.jsonl with file_name "
-                             f"and text, or a .txt beside each picture ({', '.join(sorted(PICTURE_SUFFIXES))})")  # fmt: skip
+        self.missing = len(named) - len(there)
         self.skipped: set[Path] = set()
         self.prompts = tuple(dict.fromkeys(caption for _, caption in self.pairs))[:8]
         self.order = lru_cache(maxsize=2)(self._order)
         self.picture = lru_cache(maxsize=int(CACHE_BYTES / (3 * image_size**2)))(self._picture)
+        if not self.pairs:
+            kinds = ", ".join(sorted(PICTURE_SUFFIXES))
+            raise ValueError(
+                f"{root} holds no captioned picture ({self.about()}); expected metadata.jsonl with "
+                f"file_name and text, or a .txt beside each picture ({kinds})"
+            )
 
     def about(self) -> str:
-        uncaptioned = f"; {self.uncaptioned} left out without a caption" if self.uncaptioned else ""
-        missing = f"; {self.missing} that metadata.jsonl names are not there" if self.missing else ""
-        return f"{len(self.captioned)} pictures with captions{uncaptioned}{missing}"
+        said = f"{len(self.captioned)} pictures with captions"
+        if self.uncaptioned:
+            said += f"; {self.uncaptioned} left out without a caption"
+        if self.missing:
+            said += f"; {self.missing} that metadata.jsonl names are not there"
+        return said
 
     def fingerprint(self) -> str:
-        """Changes with the list of pictures, their captions and their files' sizes; not with times, which copying changes."""
+        """Changes with the pictures' names, captions and sizes of files; not with their times."""
         digest = hashlib.sha256()
         for path, caption in self.pairs:
-            name = path.as_posix().removeprefix(self.root.as_posix())
+            inside = path.is_relative_to(self.root)  # metadata.jsonl may name others
+            name = (path.relative_to(self.root) if inside else path).as_posix()
             digest.update(repr((name, path.stat().st_size, caption)).encode())
         return digest.hexdigest()
 
@@ -558,21 +583,25 @@ class Folder:
         named = []
         for where, record in read_records(metadata):
             name = text_in(record, "file_name", where)
+            caption = text_in(record, "text", where) or ""
             if not name:
-                raise ValueError(f"{where}: expected file_name, the name of a picture, and text, its caption")
-            named.append((self.root / name, (text_in(record, "text", where) or "").strip()))
+                raise ValueError(f"{where}: no file_name; expected a picture's name, and its text")
+            named.append((self.root / name, caption.strip()))
         return named
 
     def _read_sidecars(self) -> list[tuple[Path, str]]:
         texts = {path.with_suffix(""): path for path in files_in(self.root, {".txt"})}
-        pictures = [(path, texts.get(path.with_suffix(""))) for path in files_in(self.root, PICTURE_SUFFIXES)]
-        return [(path, read_text(text).strip()) for path, text in pictures if text]
-
-    def _picture(self, path: Path) -> np.ndarray:
-        return np.asarray(read_picture(path, self.image_size))
+        named = []
+        for path in files_in(self.root, PICTURE_SUFFIXES):
+            text = texts.get(path.with_suffix(""))
+            named.append((path, read_text(text).strip() if text else ""))
+        return named
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
+
+    def _picture(self, path: Path) -> np.ndarray:
+        return np.asarray(read_picture(path, self.image_size))
 
     def example(self, index: int, draws: int) -> tuple[str, np.ndarray]:
         epoch, place = divmod(index, len(self.pairs))
@@ -583,7 +612,8 @@ class Folder:
                 return caption, np.stack([self.picture(path)] * draws)
             except ValueError as error:
                 if not self.skipped:
-                    warnings.warn(f"{error} and is skipped; later ones are counted silently", stacklevel=2)
+                    said = f"{error} and is skipped; later ones are counted silently"
+                    warnings.warn(said, stacklevel=2)
                 self.skipped.add(path)
         raise ValueError(f"none of the {len(self.pairs)} pictures in {self.root} decodes")
 
