@@ -247,16 +247,11 @@ def test_an_existing_run_is_not_overwritten(tiny_run, llm_folder, tmp_path):
         start("--resume", "--out", tmp_path / "run")
 
 
-def test_the_command_line_fails_in_one_line_with_status_2(tmp_path, tiny_run):
-    """Through the real processes: one line on stderr, no traceback."""
-    for words, message in [
-        (["train.py", *tiny_run, "--steps", "0"], "--steps: 0: expected a whole number from 1"),
-        (["train.py", *tiny_run, "--patch", "5"], "does not divide by --patch"),
-        (["sample.py", "--prompt", "x", "--ckpt", tmp_path / "no"], "expected the folder of a run"),
-        (["sample.py"], "nothing to draw"),
-    ]:
-        done = command(*words)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+def test_the_command_line_fails_in_one_line_with_status_2(tmp_path):
+    """Through the real process, as a user sees it; tests/test_cli.py has the other ways to fail."""
+    done = command("sample.py", "--prompt", "x", "--ckpt", tmp_path / "no")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("sample.py: --ckpt ") and "expected the folder of a run" in done.stderr
 
 
 def test_a_hub_id_without_a_hub_fails_at_once(tmp_path):

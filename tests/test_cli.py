@@ -1,0 +1,373 @@
+"""No command ends in a traceback, writes half a file, or goes on with something else than it began with."""
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import pytest
+import safetensors.torch
+import tokenizers
+import torch
+from PIL import Image
+
+import cli
+import evaluate
+import sample
+import train
+from conftest import save_tiny_llm
+from model import read_safetensors
+
+ROOT = Path(__file__).parent.parent
+
+
+def ending(capsys, main) -> tuple[int, str]:
+    """Exit status and stderr of a command that does not end well."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.one_line_errors(main)
+    return stop.value.code, capsys.readouterr().err
+
+
+def refusal(capsys, command, *flags) -> str:
+    """The one line that a command refuses these flags with."""
+    status, told = ending(capsys, lambda: command([str(flag) for flag in flags]))
+    lines = told.strip().splitlines()
+    assert status == 2 and len(lines) == 1, told
+    return lines[0]
+
+
+@pytest.fixture
+def a_run(tiny_run, tmp_path) -> Path:
+    """A finished run of one step."""
+    train.main([*tiny_run, "--steps", "1"])
+    return tmp_path / "run"
+
+
+def fail_inductor():
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    raise InvalidCxxCompiler()
+
+
+def fail_in_a_worker():
+    raise RuntimeError("a worker died:\nTraceback (most recent call last):\n  File x\nOSError: no room")
+
+
+def fail_with(error):
+    raise error
+
+
+BROKEN_PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
+LIBRARIES = [  # what their errors are, and what must be said
+    (lambda: Image.open(io.BytesIO(BROKEN_PNG)).load(), "broken PNG|cannot identify"),
+    (lambda: safetensors.torch.save_file({"x": torch.zeros(1)}, "/no/such/folder/x"), "SafetensorError: .*No such file"),
+    (lambda: pickle.loads(b"not a pickle"), "UnpicklingError"),
+    (lambda: jinja2.Template("{% for %}"), "TemplateSyntaxError: "),
+    (lambda: tokenizers.Tokenizer.from_str("{"), "Exception: "),
+    (lambda: {}["x"], "KeyError: 'x'"),
+    (lambda: [][0], "IndexError: "),
+    (lambda: fail_with(AssertionError()), "AssertionError: "),
+    (lambda: fail_with(BaseException("a panic in Rust is no Exception")), "panic"),
+    (lambda: fail_with(ValueError("x" * 10**6)), "x…$"),
+    (fail_inductor, "--compile needs a working compiler"),
+    (fail_in_a_worker, "RuntimeError: a worker died: OSError: no room"),
+    (lambda: torch.empty(2**55), "not enough memory; make --batch-size, --image-size or --width smaller"),
+    (lambda: torch.empty(2**62, 2**62), "not enough memory; make --batch-size"),
+    (lambda: np.empty(2**55), "not enough memory; make --batch-size"),
+    (lambda: fail_with(torch.OutOfMemoryError("CUDA out of memory.")), "not enough memory; make --batch-size"),
+    (lambda: fail_with(ModuleNotFoundError("No module named 'gguf'")), "'gguf': pip install -r requirements.txt"),
+]
+
+
+@pytest.mark.parametrize("fail, message", LIBRARIES)
+def test_an_error_of_any_library_is_one_line(fail, message, capsys):
+    status, told = ending(capsys, fail)
+    assert status == 2 and len(told.splitlines()) == 1 and len(told) < 1000, told
+    assert re.search(message, told.strip()) and "Traceback" not in told, told
+
+
+def test_a_developer_gets_the_traceback(capsys, monkeypatch):
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    status, told = ending(capsys, lambda: {}["x"])
+    assert status == 2 and "Traceback" in told and "test_cli.py" in told
+
+
+def test_control_c_while_working(capsys):
+    status, told = ending(capsys, lambda: signal.raise_signal(signal.SIGINT))
+    assert status == 130 and told.endswith(": stopped\n") and len(told.splitlines()) == 1
+
+
+def test_control_c_while_torch_is_imported(tmp_path):
+    """The real process, stopped at a moment that Python itself tells: as it is importing torch's parts."""
+    words = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "torch._" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    told = process.communicate(timeout=60)[1]
+    lines = [line for line in told.splitlines() if not line.startswith("import time:")]
+    assert process.returncode == 130 and lines == ["train.py: stopped"], told
+
+
+def test_importing_a_command_changes_nothing_of_the_interpreter():
+    """A notebook that imports sample.py keeps its own handlers."""
+    assert sys.excepthook.__module__ != "cli"
+    assert signal.getsignal(signal.SIGINT) is not cli._stop_now
+
+
+def test_nobody_reads_the_output(capsys, monkeypatch):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        with pytest.raises(SystemExit) as stop:
+            cli.one_line_errors(lambda: print("a picture"))
+        monkeypatch.undo()
+    assert stop.value.code == 141 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_a_terminal_without_the_letters_of_a_prompt(encoding, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding))
+    cli.one_line_errors(lambda: print("→ 猫 \ud83d"))
+    assert shown.getvalue()
+
+
+def test_words_of_any_terminal():
+    assert cli.words("→ 猫 \U0001f431") == "→ 猫 \U0001f431"
+    assert cli.words("猫".encode().decode("ascii", "surrogateescape")) == "猫", "UTF-8 where the locale says ASCII"
+    assert cli.words("caf\udce9") == "caf\ufffd"
+    cli.words("\ud83d").encode("utf-8")  # has no half characters
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numbers
+
+
+COMMANDS = {"train": train.parse_args, "sample": sample.main, "evaluate": evaluate.parse_args}
+NUMBERS = {
+    "train": ["--lr", "--weight-decay", "--ema", "--caption-dropout", "--time-mean", "--context-cache-mb", "--steps",
+              "--batch-size", "--warmup", "--seed", "--think"],
+    "sample": ["--guidance", "--steps", "--n", "--seed"],
+    "evaluate": ["--guidance", "--minutes", "--n", "--limit", "--seed"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_no_number_is_refused(command, capsys):
+    for flag in NUMBERS[command]:
+        for value in ("nan", "inf", "-inf", "1e39", "-1e39", "many", "9" * 5000):
+            told = refusal(capsys, COMMANDS[command], f"{flag}={value}")
+            assert flag in told and len(told) < 1000, told
+
+
+def test_every_numeric_flag_is_checked():
+    """float("nan") is a float: a flag of type float or int takes what no computation can."""
+    for path in ROOT.glob("*.py"):
+        assert not re.search(r"type=(float|int)\b", path.read_text("utf-8")), path.name
+
+
+def test_the_guidance_interval_is_one(capsys):
+    for given in (("nan", "1"), ("0", "inf"), ("0.8", "0.2")):
+        told = refusal(capsys, sample.main, "--prompt", "x", "--guidance-interval", *given)
+        assert "--guidance-interval" in told
+
+
+def test_what_is_drawn_must_be_finite():
+    for value in (torch.nan, torch.inf):
+        x = torch.zeros(1, 3, 4, 4)
+        x[0, 1, 2, 3] = value
+        with pytest.raises(ValueError, match="not finite.*--guidance"):
+            sample.to_pixels(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders and files
+
+
+def test_a_file_is_whole_or_what_it_was(tmp_path):
+    path = tmp_path / "x.png"
+
+    def half(file):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="x.png could not be written: .*No space left"):
+        cli.write_whole(path, half)
+    assert not list(tmp_path.iterdir())
+    path.write_bytes(b"whole")
+    with pytest.raises(OSError, match="x.png could not be written; what it held before is untouched: "):
+        cli.write_whole(path, half)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"whole"]
+    cli.write_whole(path, Image.new("RGB", (2, 2)).save)
+    assert Image.open(path).size == (2, 2)
+
+
+def test_the_disk_is_full(tiny_run, tmp_path, capsys):
+    """No file may grow beyond 100 kB: a real error of the system, in the middle of a checkpoint."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        status, told = ending(capsys, lambda: train.main([*tiny_run, "--steps", "1"]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    last = told.strip().splitlines()[-1]
+    assert status == 2 and "train_state.safetensors could not be written" in last and "too large" in last
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left <= {".lock", "metrics.jsonl"}, left
+    train.main([*tiny_run, "--steps", "1"])  # there is room again
+
+
+def test_a_place_where_nothing_can_be_written(a_run, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.touch()
+    draw = ["--ckpt", a_run, "--prompt", "x", "--steps", "1", "--device", "cpu"]
+    assert "taken: nothing can be written there" in refusal(capsys, sample.main, *draw, "--out", taken)
+    assert "x: nothing can be written there" in refusal(capsys, sample.main, *draw, "--out", taken / "x")
+    score = ["--ckpt", a_run, "--suite", "parrot", "--limit", 1, "--out", taken, "--device", "cpu"]
+    assert "taken: nothing can be written there" in refusal(capsys, evaluate.main, *score)
+
+
+def test_one_picture_into_its_file(a_run, tmp_path, capsys):
+    draw = ["--ckpt", a_run, "--prompt", "a red circle", "--steps", "1", "--device", "cpu"]
+    draw += ["--out", tmp_path / "new" / "cat.png"]
+    sample.main([str(word) for word in draw])
+    assert Image.open(tmp_path / "new" / "cat.png").size == (16, 16)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["cat.png"]
+    assert "cat.png is a file, for one picture; expected a folder for 2" in refusal(capsys, sample.main, *draw, "--n", 2)
+
+
+def test_prompts_that_are_no_file_names(a_run, tmp_path):
+    prompts = ["猫" * 300, "🐱", "CON", "a/b\\c:d?", "\udce9", ""]
+    flags = [word for prompt in prompts for word in ("--prompt", prompt)]
+    place = ["--ckpt", str(a_run), "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    sample.main([*place, *flags])
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(names) == len(prompts) + 1
+    assert all(len(name.encode()) < 143 and not re.search(r'[<>:"/\\|?*]', name) for name in names), names
+
+
+def test_layouts_keep_to_their_folder(tmp_path, capsys):
+    for ids, message in ((["../x"], "what a file can be named after"), ([3, 3], "stands there twice")):
+        prompts = tmp_path / "prompts.json"
+        prompts.write_text(json.dumps([{"prompt_id": name, "prompt": "x"} for name in ids]))
+        assert message in refusal(capsys, sample.main, "--prompts", prompts, "--layout", "wise")
+
+
+@pytest.mark.parametrize(
+    "prompts, n, side, caption",
+    [(300, 50, 32, "x"), (2, 1, 32, "word " * 30000), (2, 1, 32, "猫" * 90000), (9, 1, 1500, "x")],
+)
+def test_a_grid_is_of_a_size_that_opens(prompts, n, side, caption):
+    pictures = np.zeros((prompts, n, side, side, 3), np.uint8)
+    width, height = sample.captioned_grid(pictures, [caption] * prompts).size
+    assert 100 < width < 3000 and 100 < height < 6000, (width, height)
+
+
+def test_windows_has_no_module_resource(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert train.peak_memory_gb(torch.device("cpu")) == "unknown"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run that goes on
+
+
+def test_two_processes_do_not_train_in_one_folder(a_run, capsys):
+    """And a process that is killed leaves no lock behind."""
+    resume = ["--resume", "--out", str(a_run), "--steps", "2"]
+    hold = f"import cli, time; lock = cli.Locked({str(a_run)!r}).__enter__(); print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    assert "run: another process trains there" in refusal(capsys, train.main, *resume)
+    process.kill()
+    process.wait()
+    train.main(resume)
+
+
+def test_a_run_that_was_faster_is_not_overwritten(tiny_run, tmp_path):
+    slow = train.prepare(*train.settings([*tiny_run, "--steps", "2"]))
+    train.main([*tiny_run, "--steps", "1"])
+    with pytest.raises(ValueError, match="already holds a run"):
+        train.train(slow)
+
+
+def test_a_cut_line_of_metrics(a_run):
+    path = a_run / "metrics.jsonl"
+    with path.open("ab") as file:
+        file.write(b'{"step": NaN}\n{"step": "1"}\n[1]\n\xff\x00\n{"step": 1, "loss": 0.')
+    train.main(["--resume", "--out", str(a_run), "--steps", "2"])
+    assert [json.loads(line)["step"] for line in path.read_text("utf-8").splitlines()] == [1, 2]
+
+
+def test_an_llm_that_has_moved(tiny_run, llm_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llm_folder("qwen2"), "llm")
+    train.main([*tiny_run, "--llm", "llm", "--steps", "1"])
+    Path("elsewhere").mkdir()
+    shutil.move("llm", "elsewhere/moved")
+    resume = ["--resume", "--out", "run", "--steps"]
+    told = refusal(capsys, train.main, *resume, "2")
+    assert f"--llm llm, seen from {tmp_path}" in told and "--resume --llm NEW_PLACE" in told
+    train.main([*resume, "2", "--llm", "elsewhere/moved"])
+    train.main([*resume, "3"])  # the new place is kept
+    save_tiny_llm("qwen2", tmp_path / "other", seed=1)
+    told = refusal(capsys, train.main, *resume, "4", "--llm", "other")
+    assert "elsewhere/moved (weights" in told and "other (weights" in told
+
+
+def picture_folder(place: Path) -> Path:
+    place.mkdir()
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (16, 16), "red").save(place / f"{name}.png")
+        (place / f"{name}.txt").write_text(f"{name}, a red field")
+    return place
+
+
+def test_data_that_has_moved_or_changed(tiny_run, tmp_path, capsys):
+    pictures = picture_folder(tmp_path / "pictures")
+    train.main([*tiny_run, "--data", str(pictures), "--steps", "1"])
+    assert "3 pictures with captions; run" in capsys.readouterr().out
+    resume = ["--resume", "--out", tmp_path / "run", "--steps"]
+    moved = pictures.rename(tmp_path / "moved")
+    assert "--resume --data NEW_PLACE" in refusal(capsys, train.main, *resume, 2)
+    train.main([str(word) for word in (*resume, 2, "--data", moved)])
+    (moved / "a.txt").write_text("another caption")
+    told = refusal(capsys, train.main, *resume, 3)
+    assert f"--data {moved} has changed (then: 3 pictures with captions; now: 3 " in told and "(--out)" in told
+    assert "has changed" in refusal(capsys, train.main, *resume, 3, "--data", "shapes")
+
+
+def test_older_runs_go_on(tiny_run, tmp_path, capsys):
+    """Their state says nothing of the data; then another place of it cannot be proved the same."""
+    pictures = picture_folder(tmp_path / "pictures")
+    train.main([*tiny_run, "--data", str(pictures), "--steps", "1"])
+    state = tmp_path / "run" / train.STATE
+    metadata, tensors = read_safetensors(state)
+    older = {key: value for key, value in metadata.items() if not key.startswith("data_")}
+    safetensors.torch.save_file(tensors, state, metadata=older)
+    resume = ["--resume", "--out", str(tmp_path / "run"), "--steps", "2"]
+    moved = shutil.copytree(pictures, tmp_path / "moved")
+    assert "this run has --data" in refusal(capsys, train.main, *resume, "--data", moved)
+    train.main(resume)
+
+
+def test_another_expert_is_named(a_run, capsys):
+    state = a_run / train.STATE
+    metadata, tensors = read_safetensors(state)
+    config = json.loads(metadata["config"]) | {"prediction": "velocity"}
+    safetensors.torch.save_file(tensors, state, metadata=metadata | {"config": json.dumps(config)})
+    told = refusal(capsys, train.main, "--resume", "--out", a_run, "--steps", "2")
+    assert "the run's expert has prediction velocity, and would now have clean" in told
