@@ -67,7 +67,8 @@ def probe(model: nn.Module, run: Callable) -> Probe:
     """
     who = type(model).__name__
     config = model.config.get_text_config()
-    ids = 3 + torch.arange(ROWS * TOKENS, device=model.device).view(ROWS, TOKENS) % 90
+    words = min(200, getattr(model.get_input_embeddings(), "num_embeddings", 200)) // 2 - 2
+    ids = 3 + torch.arange(ROWS * TOKENS, device=model.device).view(ROWS, TOKENS) % words
     ids[:, -1] = ids[:, 0]  # the first token again: see positions_unseen
 
     def states(tokens: Tensor, **more) -> dict[int, tuple[Tensor, Tensor]]:
@@ -93,8 +94,8 @@ def probe(model: nn.Module, run: Callable) -> Probe:
     if not all(x.isfinite().all() for pair in found.values() for x in pair):
         raise ValueError(f"{who}: its keys or values are not finite (nan or inf); are its weights broken?")
     other = ids.clone()
-    other[:, TOKENS // 2 :] += 90
-    if sees_ahead(found, states(other % 180), model.dtype):
+    other[:, TOKENS // 2 :] += words
+    if sees_ahead(found, states(other), model.dtype):
         raise ValueError(
             f"{who} is not causal: a later token changes the keys of an earlier one; expected a decoder LLM"
         )
