@@ -182,7 +182,7 @@ class FrozenLLM:
         self._cached_bytes, self._cache_limit = 0, int(cache_mb * 1e6)
         self.max_tokens = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9) - 1
         self._warned = False
-        self.room, self._before, self._after = 0, "", []
+        self.room, self.tokens, self._before, self._after = 0, False, "", []
         self._understand()
         self.keep(range(len(self.layers)))
         self.read()
@@ -213,9 +213,10 @@ class FrozenLLM:
         """Hand over only these attention layers (the expert's own), in this order; the hidden states of these places (0 are
         the embeddings, l those after layer l); the token ids; the keys turned back (see Context), or as the LLM left them.
         room: positions that stay free after the caption. Empties the cache."""
+        self._check_room(self._before, self._after, room)
+        self._check_modes(self.thinking, self.picture, tokens)
         self.kept, self.kept_hidden, self.tokens, self.turned = [self.layers[i] for i in indices], list(hidden), tokens, turned
         self.room = room
-        self._check_modes()
         self._widths = [layer.kv_heads * width for layer in self.kept for width in (layer.key_width, layer.value_width)]
         self._widths += [self.hidden_widths[i] for i in hidden]
         self._forget()
@@ -226,17 +227,19 @@ class FrozenLLM:
         one = torch.full((1, 1), 3, device=self.device)
         return [x.shape[-1] for x in self._run(one, output_hidden_states=True).hidden]
 
-    def _check_modes(self) -> None:
-        """ValueError for what cannot go together, in whichever order it was asked for."""
-        around = len(self.tokenizer(self._before).input_ids) + len(self._after)
-        if around + self.room >= self.max_tokens:
-            raise ValueError(f"the template has {around} tokens, and the LLM takes {self.max_tokens}"
-                             + (f" of which {self.room} stay free" if self.room else "")
-                             + ": it leaves no room for a caption; expected a shorter --template")  # fmt: skip
-        if self.thinking and self.tokens:
+    def _check_room(self, before: str, after: list[int], room: int) -> None:
+        around = len(self.tokenizer(before).input_ids) + len(after)
+        if around + room >= self.max_tokens:
+            free = f" of which {room} stay free" if room else ""
+            raise ValueError(f"the template has {around} tokens, and the LLM takes {self.max_tokens}{free}: it leaves no room "
+                             "for a caption; expected a shorter --template")  # fmt: skip
+
+    def _check_modes(self, thinking: list | None, picture: Image.Image | None, tokens: bool) -> None:
+        """ValueError for what cannot go together, in whichever order it is asked for."""
+        if thinking and tokens:
             raise ValueError("--think and --rewrite are for what the LLM reads, and --bridge dense hears nothing of it: "
                              "leave one out")  # fmt: skip
-        if self.thinking and self.picture:
+        if thinking and picture:
             raise ValueError("--image does not go with --think, --rewrite, or a checkpoint that was trained with one: "
                              "leave it out")  # fmt: skip
 
@@ -253,11 +256,12 @@ class FrozenLLM:
         """
         if template.count("{}") != 1:
             raise ValueError(f"--template {template!r}: expected a text with one {{}}, where the caption stands")
-        self.template, (self._before, after) = template, template.split("{}")
-        self._after = self.tokenizer(after, add_special_tokens=False).input_ids if after else []
-        if expose == "after" and not self._after:
+        before, end = template.split("{}")
+        after = self.tokenizer(end, add_special_tokens=False).input_ids if end else []
+        if expose == "after" and not after:
             raise ValueError(f"--expose after: the template {template!r} has no text after the caption")
-        self.expose = expose
+        self._check_room(before, after, self.room)
+        self.template, self._before, self._after, self.expose = template, before, after, expose
         self.picture = None
         self.think(None)
 
@@ -280,19 +284,22 @@ class FrozenLLM:
         second pass. Or "reencode": what was written, read as a caption of its own. The empty prompt of guidance stays as it
         was. Empties the cache. `written`: caption -> what the LLM wrote. ValueError if the frame has not one {}.
         """
-        self.thinking, self.written = frame and [frame, tokens, show], {}
-        self._forget()
-        self._check_modes()
+        thinking = frame and [frame, tokens, show]
+        self._check_modes(thinking, self.picture, self.tokens)
         if frame is None:
+            self.thinking, self.written = None, {}
+            self._forget()
             return
         if not self.writes:
             raise ValueError(f"{self.name} was saved without its language-model head and cannot write: leave out --think "
                              "and --rewrite")  # fmt: skip
         if frame.count("{}") != 1:
             raise ValueError(f"the frame {frame[-60:]!r}: expected a text with one {{}}, where the prompt stands")
-        self._frame_start = self.tokenizer(frame.split("{}")[0]).input_ids
-        if len(self._frame_start) >= self.max_tokens:
-            raise ValueError(f"a frame of {len(self._frame_start)} tokens leaves {self.name} no room to think")
+        beginning = self.tokenizer(frame.split("{}")[0]).input_ids
+        if len(beginning) >= self.max_tokens:
+            raise ValueError(f"a frame of {len(beginning)} tokens leaves {self.name} no room to think")
+        self.thinking, self.written, self._frame_start = thinking, {}, beginning
+        self._forget()
         start = torch.tensor([self._frame_start], device=self.device)
         self._frame_cache = self._run(start, output_hidden_states=True) if self._frame_start else CacheUpTo(self.model.config)
 
@@ -333,22 +340,23 @@ class FrozenLLM:
         bos = [0] if self.expose == "all" and ids[0] == self.tokenizer.bos_token_id and hidden else []  # seen in training too
         return row[[*bos, *range(hidden, length)]]
 
-    def look(self, picture: Image.Image) -> None:
+    def look(self, picture: Image.Image | None) -> None:
         """From now on this picture stands before every caption, as the model's own processor puts it there: its tokens are more
-        entries of the cache (UniFusion, LLaVAFusion). Empties the cache. ValueError if the model sees no pictures.
+        entries of the cache (UniFusion, LLaVAFusion); None: no more. Empties the cache. ValueError if the model sees no
+        pictures, or thinks.
         """
-        if not hasattr(self.model.config, "vision_config"):
+        if picture is not None and not hasattr(self.model.config, "vision_config"):
             raise ValueError(
                 f"--image: {self.name} ({type(self.model).__name__}) reads text only; expected a vision-language model"
             )
-        if self.processor is None:
+        if picture is not None and self.processor is None:
             try:
                 self.processor = AutoProcessor.from_pretrained(self.model.config._name_or_path, revision=self.revision)
             except (ImportError, ValueError, OSError, TypeError) as error:
                 what = " ".join(str(error).split())[:200]
                 raise ValueError(f"--image: the processor of {self.name} does not load: {what}") from None
+        self._check_modes(self.thinking, picture, self.tokens)
         self.picture = picture
-        self._check_modes()
         self._forget()
 
     @torch.no_grad()

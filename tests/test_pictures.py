@@ -71,8 +71,21 @@ def test_a_picture_is_more_entries_in_the_cache(vlm_folder):
     assert torch.equal(llm.lookup([""])[""], empty), "the empty prompt of guidance has no picture"
     llm.look(BLUE)
     assert (llm.lookup(["a red circle"])["a red circle"] - seen).abs().max() > 1e-3
-    llm.think(None)
+    llm.look(None)
     assert torch.equal(llm.lookup(["a red circle"])["a red circle"], plain)
+
+
+def test_a_picture_neither_drops_the_thinking_nor_is_dropped(vlm_folder):
+    """A checkpoint that was trained on what the LLM writes brings its thinking along: --image is refused, not ignored."""
+    llm = load_llm(str(vlm_folder), CPU, torch.float32)
+    llm.think("{} =>")
+    with pytest.raises(ValueError, match="--image does not go with --think, --rewrite, or a checkpoint"):
+        llm.look(RED)
+    llm.think(None)
+    llm.look(None)
+    llm.look(RED)
+    with pytest.raises(ValueError, match="--image does not go with"):
+        llm.think("{} =>")
 
 
 def test_a_chat_template_says_where_the_picture_stands(vlm_folder):
