@@ -410,8 +410,8 @@ def read_text(path: Path) -> str:
     try:
         text = raw.decode("utf-16" if is_utf16 else "utf-8")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        what = f"byte {raw[error.start]:#04x} is not {error.encoding}"
+        line = error.object.count(b"\n", 0, error.start) + 1
+        what = f"byte {error.object[error.start]:#04x} is not {error.encoding}"
         raise ValueError(f"{path}, line {line}: {what}; save the file as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -503,6 +503,8 @@ def _as_seen(image: Image.Image, side: int | None) -> Image.Image:
     width, height = drafted[1][2:] if drafted else image.size
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except MemoryError:
+        raise
     except Exception:  # damaged EXIF data: viewers show the picture as it lies
         turn = None
     if image.mode[0] in "IF":

@@ -1,11 +1,10 @@
-"""The sources: what the shapes' captions hold and what they must never hold, and folders with all their faults."""
+"""The built-in sources: what the shapes' captions hold and what they must never hold; the emoji."""
 
 import re
-import warnings
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import ImageFont
 
 from data import (
     BACKGROUND,
@@ -15,7 +14,6 @@ from data import (
     HELD_OUT_TRIPLES,
     RELATIONS,
     SHAPES,
-    Folder,
     Shapes,
     emoji_font,
     open_source,
@@ -25,12 +23,19 @@ N = 20_000
 
 
 @pytest.fixture(scope="module")
-def captions() -> list[str]:
+def examples() -> list:
+    """(caption, scene) of each example; drawing them would be most of the time."""
     source = Shapes(8, seed=3)
-    return [source.example(i, 1)[0] for i in range(N)]
+    assert source.example(5, 1)[0] == source.caption(5)[0]
+    return [source.caption(i)[:2] for i in range(N)]
 
 
-def test_no_held_out_pair_or_triple_in_the_stream(captions):
+@pytest.fixture(scope="module")
+def captions(examples) -> list[str]:
+    return [caption for caption, _ in examples]
+
+
+def test_no_held_out_pair_or_triple_in_the_stream(examples, captions):
     """Read from the words themselves, not from the scene behind them."""
     noun = "(?:" + "|".join(SHAPES) + ")"
     color = "(?:" + "|".join(sorted(COLORS, key=len, reverse=True)) + ")"
@@ -52,7 +57,7 @@ def test_no_held_out_pair_or_triple_in_the_stream(captions):
                 assert len(nouns) == 2, caption
                 triples += 1
                 assert (nouns[0], relation, nouns[1]) not in HELD_OUT_TRIPLES, (caption, inverted)
-    related = sum(Shapes(8, seed=3).caption(i)[1].relation is not None for i in range(N))
+    related = sum(scene.relation is not None for _, scene in examples)
     assert pairs > N and triples == related > N / 5, f"the patterns must find every relation: {pairs} pairs, {triples} triples"
 
 
@@ -104,44 +109,6 @@ def test_relations_hold_in_the_pictures():
             assert offset @ direction > 8 and offset @ direction > 2 * abs(offset @ direction[::-1])
 
 
-def test_folder_with_metadata_or_sidecars(tmp_path):
-    Image.new("RGB", (40, 20), "red").save(tmp_path / "a.png")
-    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "b.png")
-    (tmp_path / "metadata.jsonl").write_text(
-        '{"file_name": "a.png", "text": "red"}\n\n{"file_name": "b.png", "text": "nothing"}\n'
-    )
-    source = open_source(str(tmp_path), 16, seed=0)
-    seen = dict(source.example(i, 3) for i in range(2))
-    assert set(seen) == {"red", "nothing"} and seen["red"].shape == (3, 16, 16, 3)
-    assert (seen["red"] == [255, 0, 0]).all() and (seen["nothing"] == 255).all(), "transparency goes on white"
-    (tmp_path / "metadata.jsonl").unlink()
-    (tmp_path / "a.txt").write_text("a red field\n")
-    assert [Folder(tmp_path, 8).example(i, 1)[0] for i in range(2)] == ["a red field"] * 2
-
-
-def test_folder_faults(tmp_path):
-    with pytest.raises(ValueError, match="holds no captioned picture"):
-        open_source(str(tmp_path), 16)
-    with pytest.raises(ValueError, match="expected shapes, emoji, or an existing folder"):
-        open_source(str(tmp_path / "nowhere"), 16)
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
-    with pytest.raises(ValueError, match="line 1.*file_name and text"):
-        open_source(str(tmp_path), 16)
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_bytes(b"not a picture")
-    rows = [
-        '{"file_name": "good.png", "text": "good"}',
-        '{"file_name": "bad.png", "text": "bad"}',
-        '{"file_name": "gone.png", "text": "gone"}',
-    ]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
-    source = open_source(str(tmp_path), 16)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert {source.example(i, 1)[0] for i in range(12)} == {"good"}
-    assert len(source.skipped) == 2 and len([w for w in caught if "does not decode" in str(w.message)]) == 1
-
-
 def test_emoji_are_pictures_with_english_names():
     try:
         emoji_font()
@@ -160,7 +127,14 @@ def test_emoji_are_pictures_with_english_names():
     assert len(source.held_out) == len(source.glyphs) // 10 and not captions & (forbidden - seen - {f"{n} emoji" for n in seen})
     other = open_source("emoji", 32, seed=1)
     assert other.held_out == source.held_out and other.example(5, 1)[0] != source.example(5, 1)[0]
-    assert np.array_equal(source.example(7, 2)[1], open_source("emoji", 32).example(7, 2)[1])
+    assert source.about().startswith(f"{len(source.trained)} emoji to train on")
+    other.seed = 0
+    assert np.array_equal(source.example(7, 2)[1], other.example(7, 2)[1])
+    before = source.fingerprint()
+    assert other.fingerprint() == before, "the seed only orders them"
+    source.names["\U0001f431"] = ["kitten"]
+    other.glyphs["\U0001f431"] = 255 - other.glyphs["\U0001f431"]
+    assert len({before, source.fingerprint(), other.fingerprint()}) == 3, "names and glyphs count"
 
 
 def test_emoji_fonts_that_do_not_serve():
