@@ -40,8 +40,10 @@ def one_line_errors(main: Callable[[], None]) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have the letters of a prompt
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:  # --help too: here a broken pipe can still be told
+            sys.stdout.flush()
     except SystemExit:
         raise
     except BaseException as error:  # not Exception alone: a panic in a library's Rust code is none
@@ -77,19 +79,20 @@ def one_line(error: BaseException) -> str:
         return "stopped: nobody reads the output any more"
     if isinstance(error, ModuleNotFoundError):
         return f"{error}: pip install -r requirements.txt"
-    kind = type(error).__name__
     text = flat(str(error))
+    kind = type(error).__name__
+    named = f"{kind}: {text}" if text else kind
     if is_out_of_memory(error):
-        return f"not enough memory; make --batch-size, --image-size or --width smaller ({kind}: {text})"
+        return f"not enough memory; make --batch-size, --image-size or --width smaller ({named})"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return f"--compile needs a working compiler (C++ on a CPU); leave it out, or install one ({kind}: {text})"
+        return f"--compile needs a working compiler (C++ on a CPU); leave it out, or install one ({named})"
     if text and isinstance(error, SAY_ENOUGH):
         return text
-    return f"{kind}: {text} ({TRACEBACK}=1 shows where)"
+    return f"{named} ({TRACEBACK}=1 shows where)"
 
 
 # Errors whose message is written for the user. Others, a KeyError: 'x' say, are named.
-SAY_ENOUGH = (ValueError, OSError, ArithmeticError, argparse.ArgumentTypeError)
+SAY_ENOUGH = (ValueError, OSError, FloatingPointError, argparse.ArgumentTypeError)
 
 
 def flat(text: str) -> str:
@@ -207,7 +210,7 @@ def make_folder(path: Path | str) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        why = error.strerror or error
+        why = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
         raise ValueError(f"{path}: nothing can be written there ({why}); --out names another folder") from None
     return path
 

@@ -132,7 +132,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--per-layer", action="store_true", help="--bridge lap: a pooling for each block, in place of one for the input")
     add("--queries", type=positive(int), default=64, help="--bridge metaqueries: how many")
     add("--patch", type=positive(int), default=8, help="side of a patch in pixels")
-    add("--image-size", type=positive(int), default=32, help="side of the pictures in pixels")
+    add("--image-size", type=between(1, 16384, int), default=32, help="side of the pictures in pixels")
     add("--context-cache-mb", type=positive(float), default=512, help="most memory for captions' keys and values, in MB")
     add("--seed", type=seed_number, default=0, help="of the weights, the data and the noise")
     add("--device", default="auto", help="auto, cpu, cuda, mps")

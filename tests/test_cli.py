@@ -75,7 +75,7 @@ LIBRARIES = [  # what their errors are, and what must be said
     (lambda: tokenizers.Tokenizer.from_str("{"), "Exception: "),
     (lambda: {}["x"], "KeyError: 'x'"),
     (lambda: [][0], "IndexError: "),
-    (lambda: fail_with(AssertionError()), "AssertionError: "),
+    (lambda: fail_with(AssertionError()), "AssertionError [(]FROZEN_LLM_TRACEBACK=1 shows where[)]$"),
     (lambda: fail_with(BaseException("a panic in Rust is no Exception")), "panic"),
     (lambda: fail_with(ValueError("x" * 10**6)), "x…$"),
     (fail_inductor, "--compile needs a working compiler"),
@@ -134,6 +134,17 @@ def test_nobody_reads_the_output(capsys, monkeypatch):
             cli.one_line_errors(lambda: print("a picture"))
         monkeypatch.undo()
     assert stop.value.code == 141 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_nobody_reads_the_help():
+    """The real process: else Python says so at its very end, in two lines of its own."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    words = [sys.executable, "-c", "import cli, sys; cli.one_line_errors(lambda: cli.OneLineParser().parse_args(['-h']))"]
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(words, stdout=write_end, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered)
+    os.close(write_end)
+    assert done.returncode == 141 and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
