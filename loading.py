@@ -203,8 +203,8 @@ def how_keys_turn(
             best = 0
         elif not (errors[best] <= LAW_ERROR and values_error <= LAW_ERROR):
             raise ValueError(
-                f"{who}: the keys of attention layer {len(laws)} neither stay nor turn by a known law "
-                f"when the text is moved, or its values do not stay (errors {errors[best]:.2f}, "
+                f"{who}: the keys of attention layer {len(laws)} neither stay nor turn by a known "
+                f"law when the text is moved, or its values do not stay (errors {errors[best]:.2f}, "
                 f"{values_error:.2f}; expected at most {LAW_ERROR}): an image would stand in the "
                 "wrong place"
             )

@@ -391,8 +391,10 @@ class FrozenLLM:
             self._warned = True
         ids = ids[:room] + self._after
         if ids and max(ids) >= self.embeddings:
-            raise ValueError(f"{caption[:60]!r} has the token {max(ids)}, and {self.name} embeddings of {self.embeddings} tokens; "
-                             "was resize_token_embeddings forgotten?")  # fmt: skip
+            raise ValueError(
+                f"{caption[:60]!r} has the token {max(ids)}, and {self.name} embeddings of {self.embeddings}; "
+                "was resize_token_embeddings forgotten?"
+            )
         return ids
 
     @cached_property
