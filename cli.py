@@ -15,7 +15,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 TRACEBACK = "FROZEN_LLM_TRACEBACK"  # the environment variable that brings the traceback back
@@ -218,25 +219,43 @@ def make_folder(path: Path | str) -> Path:
 def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
     """`write` writes a file beside `path`, which then takes its name: at every moment `path` is whole, the old or the new.
 
-    If it writes a folder, the folder's files take their places beside `path`, one by one.
+    If it makes a folder of that name, the files in it take their places beside `path`, one by one.
     """
     path = Path(path)
     beside = path.with_name(f"tmp-{path.name}")  # the suffix stays: it tells Pillow the format
+    _remove(beside)  # of a process that was killed
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # what this user's files have: safetensors hides its own from all others
+        beside.unlink()
         write(beside)
-        if beside.is_dir():
-            for file in beside.iterdir():
-                os.replace(file, path.with_name(file.name))
-        else:
-            os.replace(beside, path)
+        for file in list(beside.iterdir()) if beside.is_dir() else [beside]:
+            file.chmod(mode)
+            os.replace(file, path if file == beside else path.with_name(file.name))
     except Exception as error:
         old = "; what it held before is untouched" if path.exists() else ""
         raise OSError(f"{path} could not be written{old}: {flat(str(error))}") from error
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
+        _remove(beside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def it_may_have_moved(place: str, flag: str) -> Iterator[None]:
+    """Around the loading of what a run names: if it is gone from there, say with which flag the new place is given."""
+    try:
+        yield
+    except ValueError as error:
+        if Path(place).exists():
+            raise
+        hint = f"the run has {place}, seen from {Path.cwd()}; if it has moved: {flag} NEW_PLACE"
+        raise ValueError(f"{error} ({hint})") from None
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import textwrap
 import unicodedata
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,6 +35,7 @@ import bridges  # noqa: F401 - its towers can be loaded too
 from cli import (
     OneLineParser,
     between,
+    it_may_have_moved,
     make_folder,
     one_line_errors,
     pick_device,
@@ -391,7 +393,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"device {device} ({why_device}), {dtype} ({why_dtype}); checkpoint {ckpt}; seed {args.seed}")
     expert = load_expert(ckpt, device)
     make_folder(out.parent if into_file else out)
-    llm = llm_of(expert, args.llm, device, dtype, args.trust_remote_code)
+    own = it_may_have_moved(expert.made_for.get("llm", ""), "--llm")
+    with nullcontext() if args.llm else own:
+        llm = llm_of(expert, args.llm, device, dtype, args.trust_remote_code)
     seeds = [args.seed + k for k in range(args.n)]
     if thinking := thinking_of(llm, args):
         llm.think(*thinking)

@@ -21,7 +21,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from cli import (
     Locked,
     OneLineParser,
     between,
+    it_may_have_moved,
     make_folder,
     one_line_errors,
     pick_device,
@@ -258,11 +259,11 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     print(f"device {device} ({why_device}); {dtype} ({why_dtype}); seed {args.seed}", flush=True)
     before = json.loads(metadata["config"])["made_for"] if metadata else {}
     revision = before.get("llm_revision") if args.llm == before.get("llm") else None
-    with it_may_have_moved("data", args):
+    with it_may_have_moved(args.data, "--resume --data") if metadata else nullcontext():
         source = open_source(args.data, args.image_size, args.seed, args.one_object, args.emoji_font, args.emoji_variants)
     data = data_of(source)
     check_data(args.data, metadata, data)
-    with it_may_have_moved("llm", args):
+    with it_may_have_moved(args.llm, "--resume --llm") if metadata else nullcontext():
         llm = load_llm(args.llm, device, dtype, args.context_cache_mb, args.trust_remote_code,
                        args.seed if args.random_llm else None, revision, args.bridge in ON_HIDDEN_STATES)  # fmt: skip
     llm.read(before.get("template") or (llm.chat(args.template) if args.chat else args.template), args.expose)
@@ -286,19 +287,6 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     print(f"data {args.data}: {data['data_about']}; run {args.out}"
           + (f", resumed at step {run.step}" if run.step else ""), flush=True)  # fmt: skip
     return run
-
-
-@contextmanager
-def it_may_have_moved(flag: str, args: argparse.Namespace) -> Iterator[None]:
-    """A resumed run looks for its LLM and its data where they lay: if they are gone, say how to name the new place."""
-    place = getattr(args, flag)
-    try:
-        yield
-    except ValueError as error:
-        if not args.resume or Path(place).exists():
-            raise
-        hint = f"the run has --{flag} {place}, seen from {Path.cwd()}; if it has moved: --resume --{flag} NEW_PLACE"
-        raise ValueError(f"{error} ({hint})") from None
 
 
 def data_of(source) -> dict[str, str]:
@@ -329,8 +317,13 @@ def save_run(run: Run) -> None:
         tensors |= {f"expert.{name}": p} | {f"{key}.{name}": value for key, value in moments[p].items()}
     metadata = {"step": str(run.step), "args": json.dumps(vars(run.args)), "config": json.dumps(run.expert.config)}
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
-    write_whole(out / STATE, lambda path: save_file(tensors, path, metadata=metadata | run.data))
-    write_whole(out / "model", run.ema.save_pretrained)
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        save_file(tensors, folder / STATE, metadata=metadata | run.data)
+        run.ema.save_pretrained(folder)
+
+    write_whole(out / STATE, write)
 
 
 def load_run(run: Run, metadata: dict, tensors: dict) -> None:

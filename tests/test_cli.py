@@ -225,6 +225,12 @@ def test_a_file_is_whole_or_what_it_was(tmp_path):
     assert Image.open(path).size == (2, 2)
 
 
+def test_a_checkpoint_is_for_everybody_that_the_user_lets_read(a_run):
+    """safetensors' own files are private: nobody else could draw with the run."""
+    modes = {path.name: path.stat().st_mode for path in a_run.iterdir()}
+    assert modes["model.safetensors"] == modes[train.STATE] == modes["metrics.jsonl"]
+
+
 def test_the_disk_is_full(tiny_run, tmp_path, capsys):
     """No file may grow beyond 100 kB: a real error of the system, in the middle of a checkpoint."""
     resource = pytest.importorskip("resource")
@@ -331,7 +337,9 @@ def test_an_llm_that_has_moved(tiny_run, llm_folder, tmp_path, capsys, monkeypat
     shutil.move("llm", "elsewhere/moved")
     resume = ["--resume", "--out", "run", "--steps"]
     told = refusal(capsys, train.main, *resume, "2")
-    assert f"--llm llm, seen from {tmp_path}" in told and "--resume --llm NEW_PLACE" in told
+    assert f"the run has llm, seen from {tmp_path}" in told and "--resume --llm NEW_PLACE" in told
+    draw = ["--ckpt", "run", "--prompt", "x", "--steps", "1", "--device", "cpu"]
+    assert "if it has moved: --llm NEW_PLACE" in refusal(capsys, sample.main, *draw)
     train.main([*resume, "2", "--llm", "elsewhere/moved"])
     train.main([*resume, "3"])  # the new place is kept
     save_tiny_llm("qwen2", tmp_path / "other", seed=1)

@@ -95,7 +95,7 @@ def command(*words, cwd=ROOT, **options) -> subprocess.CompletedProcess:
 
 def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path):
     """The real thing: kill -9 of a running train.py, then --resume in another process, against a run left alone."""
-    flags = [*tiny_run, "--steps", "400", "--save-every", "5", "--sample-every", "1000"]
+    flags = [*tiny_run, "--steps", "150", "--save-every", "5", "--sample-every", "1000"]
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -142,6 +142,9 @@ def test_kill_while_saving(tiny_run, tmp_path):
         for name, p in run.expert.named_parameters():
             assert torch.equal(tensors[f"expert.{name}"], p)
         assert all(torch.equal(a, b) for a, b in zip(expert.parameters(), run.ema.parameters()))
+    train.save_run(run)
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {train.STATE, "model.safetensors", "config.json", "README.md"}, "what a kill leaves is cleared away"
     assert len(seen) > 5, f"the kills fell on {len(seen)} different steps"
 
 
@@ -154,7 +157,8 @@ def test_one_batch_is_overfitted(tiny_run):
     assert last < 0.1 * first, f"from {first:.3f} to {last:.3f}"
 
 
-@pytest.mark.parametrize("flags, shown", [(["--rewrite"], "written"), (["--rewrite", "reencode"], "reencode"),
+@pytest.mark.parametrize("flags, shown", [(["--rewrite", "--think", "4"], "written"),
+                                          (["--rewrite", "reencode", "--think", "4"], "reencode"),
                                           (["--think", "4"], "all")])  # fmt: skip
 def test_training_on_what_the_llm_writes(flags, shown, tiny_run, tmp_path):
     """It is part of the checkpoint: resumed and drawn from, the LLM writes as in training."""
