@@ -4,10 +4,14 @@
     python evaluate.py --ckpt runs/shapes --suite languages,colors --n 4
     python evaluate.py --ckpt runs/shapes --versus runs/shapes-random-llm  # side by side
     python evaluate.py --ckpt runs/shapes --probe                          # what the LLM knows, and how much of it is drawn
+    python evaluate.py --probe-llm gemma-3-270m                            # the same of hex codes alone, and no run
     python evaluate.py --race mot,last,lap --minutes 12 --seeds 0,1        # train one of each bridge, and compare them
 
 No network judges: judge.py reads every picture by geometry. Prompts: assets/prompts/SUITE.jsonl, one JSON object a line with
 row (of the table), prompt, groups ([count, color or null, shape]), and where it applies relation, or rgb (the exact colour).
+
+Each suite has two halves (--half): what is chosen by its score (layers, guidance, a template, a budget) is chosen on one, and
+the other is what a report is about. The same scene is on the same side in every row, language and suite.
 """
 
 if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
@@ -20,10 +24,11 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from math import ceil, sqrt
+from math import ceil
 from pathlib import Path
 from statistics import median
 
@@ -46,8 +51,9 @@ from cli import (
     write_whole,
 )
 from data import BACKGROUND, COLORS, PROMPTS, SHAPES, Emoji, Group, Scene, Shapes
+from intervals import difference, draw_anew, mean_of_rows, weighted_median, wilson
 from judge import BASIC_COLORS, Found, Verdict, basic_color, delta_e, judge, lab, learned_features, pixel_features, ranks
-from model import FrozenLLM, ImageExpert
+from model import FrozenLLM, ImageExpert, load_llm
 from sample import (
     add_thinking,
     caption_font,
@@ -61,7 +67,12 @@ from sample import (
 )
 
 SUITES = ("geneval", "unseen", "languages", "colors", "emoji", "ascii", "knowledge", "parrot", "position")
-LEFT_OUT = {"languages": {"English"}, "emoji-languages": {"en"}}  # rows to compare with, not in the mean
+AS_IN_ENGLISH = "as in English"  # names of another language, or of an emoji left out, that training has taught
+LEFT_OUT = {  # rows to compare with, not in the mean
+    "languages": {"English"},
+    "emoji-languages": {"en", AS_IN_ENGLISH},
+    "unseen-names": {AS_IN_ENGLISH},
+}
 NEAR = 15.0  # CIE76 delta E within which a colour counts as the one that was asked for by its numbers
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,16 +86,42 @@ class Prompt:
     scene: Scene
     rgb: tuple[int, int, int] | None = None  # where the colour asked for is exact, and no word of data.COLORS
 
+    @property
+    def scene_id(self) -> str:
+        groups = [[group.count, group.color, group.shape] for group in self.scene.groups]
+        return hashed(json.dumps([groups, self.scene.relation, self.rgb]))
 
-def read_suite(name: str, limit: int | None = None, only: list[str] | None = None, one: bool = False) -> list[Prompt]:
-    """The prompts of a suite; with a limit, the first so many of each row; of some rows only; or those for one object."""
+
+HALVES = ("choose", "report", "both")
+SALT = 375  # with it 40 to 60 % of every row are on each side
+
+
+def hashed(what: str) -> str:
+    return sha256(f"{SALT} {what}".encode()).hexdigest()[:8]
+
+
+def is_in(half: str, scene_id: str) -> bool:
+    """Whether what has this hash belongs to the half to choose on, or to the one to report."""
+    return half == "both" or half == ("choose", "report")[int(scene_id, 16) % 2]
+
+
+def read_suite(
+    name: str,
+    limit: int | None = None,
+    only: list[str] | None = None,
+    one: bool = False,
+    half: str = "both",
+) -> list[Prompt]:
+    """The prompts of a suite, or of a half of it: of some rows, for one object, the first of each row."""
     rows: dict[str, list[Prompt]] = {}
     for line in (PROMPTS / f"{name}.jsonl").read_text("utf-8").splitlines():
         record = json.loads(line)
         scene = Scene(tuple(Group(*group) for group in record["groups"]), record.get("relation"))
         rgb = tuple(record["rgb"]) if "rgb" in record else None
-        if not one or sum(group.count for group in scene.groups) == 1:
-            rows.setdefault(record["row"], []).append(Prompt(record["row"], record["prompt"], scene, rgb))
+        prompt = Prompt(record["row"], record["prompt"], scene, rgb)
+        things = sum(group.count for group in scene.groups)
+        if is_in(half, prompt.scene_id) and (things == 1 or not one):
+            rows.setdefault(prompt.row, []).append(prompt)
     if unknown := [row for row in only or () if row not in rows]:
         raise ValueError(f"--rows {unknown[0]}: the rows of {name} are {', '.join(rows)}")
     return [prompt for row in only or rows for prompt in rows[row][:limit]]
@@ -110,52 +147,76 @@ def grade(prompt: Prompt, picture: np.ndarray) -> Grade:
     return Grade(None if off < NEAR else "wrong color", off, verdict)
 
 
-def wilson(right: float, n: float, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
-    middle, half = right + z * z / 2, z * sqrt(max(0.0, right * (n - right) / n) + z * z / 4)
-    return max(0.0, (middle - half) / (n + z * z)), min(1.0, (middle + half) / (n + z * z))
+def chance(prompts: list[Prompt], pictures: np.ndarray) -> dict[str, float]:
+    """row -> the share that would be right by chance: every picture against the next prompt of its row
+    that asks for another scene. A row that asks for one scene alone has none."""
+    right: dict[str, list[bool]] = {}
+    for i, prompt in enumerate(prompts):
+        others = [other for other in prompts[i + 1 :] + prompts[:i] if other.row == prompt.row]
+        other = next((other for other in others if other.scene_id != prompt.scene_id), None)
+        if other:
+            right.setdefault(prompt.row, []).append(grade(other, pictures[i]).reason is None)
+    return {row: float(np.mean(some)) for row, some in right.items()}
 
 
-def tally(grades: list[Grade]) -> dict:
-    """One row of the table: its score with the interval, why the others are wrong, the median distance of the colours."""
-    right, n = sum(g.reason is None for g in grades), len(grades)
-    offs = [g.off for g in grades if g.off is not None]
-    wrong = dict(Counter(g.reason for g in grades if g.reason).most_common())
-    return {
-        "score": right / n,
-        "interval": wilson(right, n),
-        "n": n,
-        "wrong": wrong,
+def tally(pairs: list[tuple[Prompt, Grade]]) -> dict:
+    """One row of the table: its score with the interval, why the others are wrong, the median distance
+    of the colours, and each picture's verdict and scene: any interval can be had without drawing again."""
+    right = "".join("0" if g.reason else "1" for _, g in pairs)
+    offs = [g.off for _, g in pairs if g.off is not None]
+    entry = {
+        "score": right.count("1") / len(pairs),
+        "n": len(pairs),
+        "wrong": dict(Counter(g.reason for _, g in pairs if g.reason).most_common()),
         "color_off": median(offs) if offs else None,
+        "right": right,
+        "scenes": " ".join(prompt.scene_id for prompt, _ in pairs),
     }
+    return entry | {"interval": mean_of_rows({0: {"": entry}})["interval"]}
 
 
-def mean_of_rows(rows: list[dict]) -> dict:
-    """The mean of the rows' scores, as GenEval takes it. Its interval is Wilson's for as many pictures as would give an equal
-    share the same variance: n_eff = R^2 / sum of 1/n, which is all of them where the rows are of one size."""
-    score = sum(row["score"] for row in rows) / len(rows)
-    n_eff = len(rows) ** 2 / sum(1 / row["n"] for row in rows)
-    wrong = sum((Counter(row["wrong"]) for row in rows), Counter())
-    return {"score": score, "interval": wilson(score * n_eff, n_eff), "n": sum(row["n"] for row in rows), "wrong": dict(wrong)}
-
-
-def summarize(suite: str, prompts: list[Prompt], grades: list[Grade]) -> dict:
-    """Every row of a suite, their mean, and for languages, one object and two apart. -> JSON."""
+def tables_of(suite: str, prompts: list[Prompt], grades: list[Grade]) -> dict[str, dict[str, dict]]:
+    """What has a score -> row -> tally: each row, their mean, and for languages one and two objects."""
     rows: dict[str, list[tuple[Prompt, Grade]]] = {}
     for prompt, g in zip(prompts, grades):
         rows.setdefault(prompt.row, []).append((prompt, g))
-    result = {"rows": {row: tally([g for _, g in pairs]) for row, pairs in rows.items()}}
-    counted = [pairs for row, pairs in rows.items() if row not in LEFT_OUT.get(suite, ())] or list(rows.values())
-    if suite in LEFT_OUT:
-        for name, groups in (("one object", 1), ("two objects", 2)):
-            part = [[g for prompt, g in pairs if len(prompt.scene.groups) == groups] for pairs in counted]
-            if all(part):
-                result[name] = mean_of_rows([tally(some) for some in part])
-    return result | {"mean": mean_of_rows([tally([g for _, g in pairs]) for pairs in counted])}
+    tables = {row: {row: tally(pairs)} for row, pairs in rows.items()}
+    counted = [row for row in rows if row not in LEFT_OUT.get(suite, ())] or list(rows)
+    for name, groups in (("one object", 1), ("two objects", 2)) if suite in LEFT_OUT else ():
+        part = {}
+        for row in counted:
+            part[row] = [pair for pair in rows[row] if len(pair[0].scene.groups) == groups]
+        if all(part.values()):
+            tables[name] = {row: tally(pairs) for row, pairs in part.items()}
+    return tables | {"mean": {row: tables[row][row] for row in counted}}
+
+
+def summarize(suite: str, prompts: list[Prompt], grades: list[Grade]) -> dict:
+    """Every row of a suite and their means. -> JSON."""
+    tables = tables_of(suite, prompts, grades)
+    result = {"rows": {}}
+    for name, table in tables.items():
+        if name in table:
+            result["rows"][name] = table[name]
+        else:
+            result[name] = mean_of_rows({0: table}, suite in LEFT_OUT)
+    return result
+
+
+def compare(suite: str, prompts: list[Prompt], ours: list[Grade], theirs: list[Grade]) -> dict:
+    """The paired difference of two runs in every row and mean of a suite. -> JSON."""
+    first = tables_of(suite, prompts, ours)
+    second = tables_of(suite, prompts, theirs)
+    return {name: difference({0: first[name]}, {0: second[name]}, suite in LEFT_OUT) for name in first}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what the reader sees
+
+
+def signed(difference: dict) -> str:
+    low, high = difference["interval"]
+    return f"{difference['score']:+5.2f} {low:+.2f} to {high:+.2f}"
 
 
 def print_suite(suite: str, results: dict[str, dict]) -> None:
@@ -165,21 +226,33 @@ def print_suite(suite: str, results: dict[str, dict]) -> None:
         low, high = result["interval"]
         return f"{result['score']:5.2f}  {low:.2f} to {high:.2f}"
 
-    def line(name: str, entries: list[dict]) -> None:
-        text = f"  {name:30}" + "   ".join(map(cells, entries)) + f"  {entries[0]['n']:5}"
-        off = entries[0].get("color_off")
-        text += " " * 9 if off is None else f"{off:9.0f}"
-        print(text + ("  " + ", ".join(f"{n} {why}" for why, n in entries[0]["wrong"].items()) if len(entries) == 1 else ""))
-
-    heads = (f"{Path(name).name[:19]:>19}" for name in results) if len(results) > 1 else ["right  95 %        "]
-    off = "off, dE" if suite == "colors" else "off, RGB"
-    print(f"{suite:32}{'   '.join(heads)}      n{off:>9}" + ("  wrong because" if len(results) == 1 else ""))
     first = next(iter(results.values()))
+
+    def line(name: str, entries: list[dict], difference: dict | None) -> None:
+        shown = [cells(entry) for entry in entries]
+        if difference:
+            shown.append(signed(difference))
+        off = entries[0].get("color_off")
+        by_chance = entries[0].get("chance")
+        text = f"  {name:30}{'   '.join(shown)}  {entries[0]['n']:5}"
+        text += " " * 9 if off is None else f"{off:9.0f}"
+        if len(entries) == 1:
+            text += " " * 8 if by_chance is None else f"{by_chance:8.2f}"
+            text += "  " + ", ".join(f"{n} {why}" for why, n in entries[0]["wrong"].items())
+        print(text)
+
+    heads = ["right  95 %        "]
+    if len(results) > 1:
+        heads = [f"{Path(name).name[:19]:>19}" for name in results] + [f"{'difference':>20}"]
+    off = "off, dE" if suite == "colors" else "off, RGB"
+    print(f"{suite:32}{'   '.join(heads)}      n{off:>9}" + ("  chance  wrong because" if len(results) == 1 else ""))
+    differences = first.get("difference", {})
     for row in first["rows"]:
-        line(row, [result["rows"][row] for result in results.values()])
+        line(row, [result["rows"][row] for result in results.values()], differences.get(row))
     for name in ("one object", "two objects", "mean"):
         if name in first:
-            line(f"{name}, but English" if suite in LEFT_OUT else name, [result[name] for result in results.values()])
+            shown = f"{name}, but English" if suite in LEFT_OUT else name
+            line(shown, [result[name] for result in results.values()], differences.get(name))
     print(flush=True)
 
 
@@ -278,6 +351,66 @@ def probe(llm: FrozenLLM, graded: list[tuple[str, Prompt, Grade]], seed: int, ca
     return table | {"picture": {column: shares(column, some) for column, some in drawn.items()}}
 
 
+def probe_hex(llm: FrozenLLM, seed: int, captions: int = 800) -> dict:
+    """Does the LLM know a hex code? The probe fitted on the kind itself, captions with other codes.
+
+    -> {"layer 3": {"right": share within NEAR of the colour, its "interval", "basic term": share, "R2": of
+    L*, a*, b*}}. The penalty is weaker: there is no other language to carry over to.
+    """
+    rng = np.random.default_rng(seed)
+    asked = read_suite("colors", only=["hex, random"])
+    taken = {prompt.rgb for prompt in asked}
+    texts, colors = [], []
+    while len(texts) < captions:
+        rgb = tuple(rng.integers(0, 256, 3).tolist())
+        if rgb not in taken:
+            texts.append(f"a {rng.choice(SHAPES)} in the color #{bytes(rgb).hex()}")
+            colors.append(rgb)
+    heard, tests = hear(llm, texts), hear(llm, [prompt.text for prompt in asked])
+    targets = torch.tensor(lab(colors), dtype=torch.float32)
+    truth = lab([prompt.rgb for prompt in asked])
+    terms = lab(list(BASIC_COLORS.values()))
+
+    def term(colors: np.ndarray) -> np.ndarray:
+        return np.square(colors[:, None] - terms).sum(-1).argmin(1)
+
+    table = {}
+    for layer, X, new in zip(llm.kept, heard, tests):
+        guess = ridge(X, targets, 1.0)(new).numpy()
+        right = np.linalg.norm(guess - truth, axis=1) < NEAR
+        missed = np.square(guess - truth).sum(0) / np.square(truth - truth.mean(0)).sum(0)
+        table[f"layer {layer.index}"] = {
+            "right": float(right.mean()),
+            "interval": wilson(right.sum(), len(right)),
+            "basic term": float((term(guess) == term(truth)).mean()),
+            "R2": (1 - missed).tolist(),
+        }
+    return table
+
+
+def print_probe_hex(name: str, table: dict) -> None:
+    print(f"{name}, fitted on other hex codes: within dE {NEAR:.0f}, 95 %, basic term, R2 of L, a, b")
+    for layer, cells in table.items():
+        low, high = cells["interval"]
+        R2 = " ".join(f"{value:5.2f}" for value in cells["R2"])
+        print(f"  {layer:10} {cells['right']:.2f}  {low:.2f} to {high:.2f}  {cells['basic term']:.2f}  {R2}")
+
+
+def probe_llm(args: argparse.Namespace) -> None:
+    """The probe for hex codes of an LLM, and of its control, without any run."""
+    device, _ = pick_device(args.device)
+    dtype, _ = pick_dtype(args.dtype, device)
+    make_folder(args.out)
+    tables = {}
+    for name, random_seed in (("pretrained", None), ("random", 0)):
+        llm = load_llm(args.probe_llm, device, dtype, random_seed=random_seed)
+        llm.keep(range(len(llm.layers)))
+        tables[name] = probe_hex(llm, args.seed, min(800, 80 * (args.limit or 10)))
+        print_probe_hex(f"{args.probe_llm}, {name}", tables[name])
+    write_json(args.out / "probe-hex.json", {"llm": args.probe_llm, "seed": args.seed} | tables)
+    print(args.out / "probe-hex.json")
+
+
 def largest(g: Grade) -> Found:
     """The largest thing of a picture; the background where there is none."""
     return max(g.verdict.found, key=lambda thing: thing.radius, default=Found(None, BACKGROUND, "grey", 0.5, 0.5, 0.5, 0.0))
@@ -300,32 +433,63 @@ EMOJI_SUITES = ("recall", "emoji-languages", "unseen-names")
 ASKED = 128  # emoji asked for in every language: the first in the order of a hash, so that no seed changes them
 
 
-def read_emoji_suite(name: str, source: Emoji, limit: int | None, only: list[str] | None = None) -> list[tuple[str, str, str]]:
+def read_emoji_suite(
+    name: str,
+    source: Emoji,
+    limit: int | None,
+    only: list[str] | None = None,
+    half: str = "both",
+) -> list[tuple[str, str, str]]:
     """(row, prompt, emoji) for each prompt: the English names of the emoji trained on, of some of them in the package's
-    languages (English first, to compare with), or of those never trained on."""
+    languages (English first, to compare with), or of those never trained on. A name that training has
+    taught all the same, for another emoji ("rabbit") or in English ("pizza"), is in a row apart."""
     from emoji import EMOJI_DATA, LANGUAGES, config
 
+    taught = {name.lower() for text in source.trained for name in source.names[text]}
+
+    def row(usual: str, prompt: str) -> str:
+        return AS_IN_ENGLISH if prompt.lower() in taught else usual
+
+    def some(emoji: list[str]) -> list[str]:
+        return [text for text in emoji if is_in(half, hashed(text))]
+
     if name == "unseen-names":
-        return [("en", source.names[text][0], text) for text in sorted(source.held_out)[:limit]]
+        names = [(source.names[text][0], text) for text in some(sorted(source.held_out))[:limit]]
+        return [(row("en", prompt), prompt, text) for prompt, text in names]
     if name == "recall":
-        return [("en", source.names[text][0], text) for text in source.trained[:limit]]
+        return [("en", source.names[text][0], text) for text in some(source.trained)[:limit]]
     config.load_language()
-    asked = sorted(source.trained, key=lambda text: sha256(text.encode()).digest())[: limit or ASKED]
+    asked = some(sorted(source.trained, key=lambda text: sha256(text.encode()).digest()))[: limit or ASKED]
     if unknown := [row for row in only or () if row not in LANGUAGES]:
         raise ValueError(f"--rows {unknown[0]}: the rows of {name} are {', '.join(LANGUAGES)}")
     languages = only or sorted(LANGUAGES, key="en".__ne__)
-    return [(language, EMOJI_DATA[text][language].strip(":").replace("_", " "), text)
-            for language in languages for text in asked if language in EMOJI_DATA[text]]  # fmt: skip
+    prompts = []
+    for language in languages:
+        for text in asked:
+            if language in EMOJI_DATA[text]:
+                prompt = EMOJI_DATA[text][language].strip(":").replace("_", " ")
+                prompts.append((language if language == "en" else row(language, prompt), prompt, text))
+    return prompts
 
 
-def rank_scores(places: np.ndarray, candidates: int, seed: int = 0) -> dict:
-    """Shares of the first and the first five places and the median, each with a 95 % bootstrap interval over the prompts."""
-    drawn = np.random.default_rng(seed).choice(places, (1000, len(places)))
+def rank_scores(places: np.ndarray, candidates: int, *shared: list[str]) -> dict:
+    """Shares of the first and the first five places and the median, each with a 95 % interval: a
+    bootstrap over the prompts, or over what they share (emoji, languages; see intervals.py)."""
+    rng = np.random.default_rng(0)
+    weights = 1.0
+    for labels in shared or [range(len(places))]:
+        weights = weights * draw_anew(np.array(labels), rng)
+    weights = weights[weights.sum(1) > 0]
+    total = weights.sum(1)
+    measures = {
+        "top 1": (np.mean(places == 1), weights @ (places == 1) / total),
+        "top 5": (np.mean(places <= 5), weights @ (places <= 5) / total),
+        "median rank": (np.median(places), weighted_median(places, weights)),
+    }
     result = {"n": len(places), "candidates": candidates}
-    for name, measure in (("top 1", lambda p: (p == 1).mean(-1)), ("top 5", lambda p: (p <= 5).mean(-1)),
-                          ("median rank", lambda p: np.median(p, axis=-1))):  # fmt: skip
-        low, high = np.quantile(measure(drawn), (0.025, 0.975))
-        result[name] = {"score": float(measure(places)), "interval": (float(low), float(high))}
+    for name, (score, resampled) in measures.items():
+        low, high = np.quantile(resampled, (0.025, 0.975))
+        result[name] = {"score": float(score), "interval": (float(low), float(high))}
     return result
 
 
@@ -333,10 +497,13 @@ def evaluate_emoji(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, 
     """Score, print and picture the emoji suites of one run or two, and probe the first. -> run -> suite -> scores."""
     options = runs[0][1].made_for.get("emoji", {})
     source = Emoji(runs[0][1].image_size, 0, options.get("font"), options.get("variants", False))
+    asked = {}  # before anything is learned or drawn: it may be refused
+    for suite in args.suite:
+        prompts = read_emoji_suite(suite, source, args.limit, args.rows, args.half)
+        asked[suite] = [prompt for prompt in prompts for _ in range(args.n)]
     measures = {"pixels": pixel_features, "features": learned_features(np.stack(list(source.glyphs.values())))}
     results = {name: {} for name, _, _ in runs}
-    for suite in args.suite:
-        prompts = [p for p in read_emoji_suite(suite, source, args.limit, args.rows) for _ in range(args.n)]
+    for suite, prompts in asked.items():
         among = sorted(source.held_out) if suite == "unseen-names" else source.trained
         candidates, place = np.stack([source.glyphs[text] for text in among]), {text: i for i, text in enumerate(among)}
         seeds, blocks = [args.seed + i for i in range(len(prompts))], []
@@ -345,7 +512,8 @@ def evaluate_emoji(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, 
             pictures = draw(expert, llm, [prompt for _, prompt, _ in prompts], seeds, args.steps, args.guidance)
             places = {measure: ranks(features(pictures), features(candidates), [place[text] for *_, text in prompts])
                       for measure, features in measures.items()}  # fmt: skip
-            results[name][suite] = summarize_ranks(suite, [row for row, *_ in prompts], places, len(among))
+            rows, _, emoji = zip(*prompts)
+            results[name][suite] = summarize_ranks(suite, rows, emoji, places, len(among))
             print_ranks(Path(name).name, results[name][suite])
             blocks.append((name, emoji_lines(source, prompts, pictures, places["features"], args.seed, 12 // len(runs))))
         write_whole(args.out / f"evaluate-{suite}.png", picture_table(blocks).save)
@@ -353,7 +521,7 @@ def evaluate_emoji(args: argparse.Namespace, runs: list[tuple[str, ImageExpert, 
         name, _, llm = runs[0]
         llm.think(None)
         llm.keep(range(len(llm.layers)))
-        results[name]["probe"] = probe_emoji(llm, source, args.limit)
+        results[name]["probe"] = probe_emoji(llm, source, args.limit, args.half)
     return results
 
 
@@ -369,25 +537,35 @@ def emoji_lines(source: Emoji, prompts: list, pictures: np.ndarray, places: np.n
     return lines
 
 
-def summarize_ranks(suite: str, rows: list[str], places: dict[str, np.ndarray], candidates: int) -> dict:
-    """rows: of each prompt; places: measure -> rank of each prompt's emoji. -> every row's scores and those of all. -> JSON."""
-    rows_ = np.array(rows)
-    result = {"rows": {row: {measure: rank_scores(some[rows_ == row], candidates) for measure, some in places.items()}
-                       for row in dict.fromkeys(rows)}}  # fmt: skip
-    counted = ~np.isin(rows_, list(LEFT_OUT.get(suite, ())))
-    if len(set(rows_[counted])) > 1:
-        result["mean"] = {measure: rank_scores(some[counted], candidates) for measure, some in places.items()}
+def summarize_ranks(
+    suite: str, rows: list[str], emoji: list[str], places: dict[str, np.ndarray], candidates: int
+) -> dict:
+    """rows, emoji: of each prompt; places: measure -> rank of each prompt's emoji. -> every row's scores
+    and those of all, and the ranks: any interval can be had without drawing again. -> JSON."""
+    rows, emoji = np.array(rows), np.array(emoji)
+    result = {"rows": {}}
+    for row in dict.fromkeys(rows.tolist()):
+        here = rows == row
+        result["rows"][row] = {
+            measure: rank_scores(some[here], candidates, emoji[here])
+            | {"ranks": " ".join(map(str, some[here])), "emoji": " ".join(emoji[here])}
+            for measure, some in places.items()
+        }
+    counted = ~np.isin(rows, list(LEFT_OUT.get(suite, ())))
+    if len(set(rows[counted])) > 1:
+        shared = emoji[counted], rows[counted]
+        result["mean"] = {measure: rank_scores(some[counted], candidates, *shared) for measure, some in places.items()}
     return result
 
 
-def probe_emoji(llm: FrozenLLM, source: Emoji, limit: int | None) -> dict:
+def probe_emoji(llm: FrozenLLM, source: Emoji, limit: int | None, half: str = "both") -> dict:
     """What the LLM's layers know of the names, without any picture. -> {"layer 3": {way: scores}} of the right emoji's rank:
     for the names in other languages, by ridge regression from the values of the English names ("ridge") and by the cosine to
     the nearest of these ("nearest name"); and nearest too for the English names inside a longer caption ("in a caption").
     With a limit, among a hundred times as many emoji."""
-    asked = read_emoji_suite("emoji-languages", source, limit)
+    asked = read_emoji_suite("emoji-languages", source, limit, half=half)
     among = list(dict.fromkeys([text for *_, text in asked] + source.trained))[: 100 * limit if limit else None]
-    foreign = [(prompt, text) for row, prompt, text in asked if row != "en"]
+    foreign = [(prompt, text) for row, prompt, text in asked if row not in LEFT_OUT["emoji-languages"]]
     framed = [(f"a picture of {prompt}", text) for row, prompt, text in asked if row == "en"]
     names = [(name, i) for i, text in enumerate(among) for name in source.names[text]]
     owner, n = torch.tensor([i for _, i in names]), len(among)
@@ -396,7 +574,7 @@ def probe_emoji(llm: FrozenLLM, source: Emoji, limit: int | None) -> dict:
     def places(scores: torch.Tensor, pairs: list[tuple[str, str]]) -> dict:
         true = scores.gather(1, torch.tensor([among.index(text) for _, text in pairs])[:, None])
         ties = (scores == true).sum(1) - 1  # where a layer cannot tell them apart: the middle of their places
-        return rank_scores((1 + (scores > true).sum(1) + ties / 2).numpy(), n)
+        return rank_scores((1 + (scores > true).sum(1) + ties / 2).numpy(), n, [text for _, text in pairs])
 
     def nearest(X: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """Cosine of each new caption to each emoji's nearest name, on standardized features: (P, n)."""
@@ -420,7 +598,7 @@ def print_ranks(name: str, result: dict) -> None:
         for measure, some in scores.items():
             cells = (f"{key} {some[key]['score']:.4g} ({some[key]['interval'][0]:.3g} to {some[key]['interval'][1]:.3g})"
                      for key in ("top 1", "top 5", "median rank"))  # fmt: skip
-            print(f"  {name:14} {row:5} {measure:12}  " + "   ".join(cells), flush=True)
+            print(f"  {name:14} {row:13} {measure:8}  " + "   ".join(cells), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,6 +607,7 @@ def print_ranks(name: str, result: dict) -> None:
 LEGS = 4  # a run is scored so many times on its way
 WARM_UP = 8  # steps before a racer's speed is taken
 ON_THE_WAY = (("geneval", 8), ("languages", 4))  # suites, and prompts of each row
+CONTROL = "dense"  # hears nothing of the LLM: the others are compared with it
 
 
 def flags_of(racer: str) -> list[str]:
@@ -454,7 +633,9 @@ def train_racer(args: argparse.Namespace, racer: str, seed: int, steps: int, fol
         if run.step < target:  # it may have been stopped after its training, before its scores
             train.train(run, target)
         for suite, limit in ON_THE_WAY:
-            prompts = read_suite(suite, min(limit, args.limit or limit), one=run.args.one_object)
+            most = min(limit, args.limit or limit)
+            half = "both" if args.half == "both" else "choose"  # a curve may decide on a budget
+            prompts = read_suite(suite, most, one=run.args.one_object, half=half)
             pictures = draw(run.ema, run.llm, [prompt.text for prompt in prompts], list(range(len(prompts))), args.steps)
             grades = [grade(prompt, picture) for prompt, picture in zip(prompts, pictures)]
             scores[suite] = summarize(suite, prompts, grades)["mean"]["score"]
@@ -475,9 +656,10 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
     if not plan.exists():
         steps = max(1, round(60 * args.minutes * measure_speed(args.race[0], flags)[0] / LEGS)) * LEGS
         make_folder(out)
-        write_json(plan, {"steps": steps, "minutes": args.minutes, "of": args.race[0]})
-    steps = json.loads(plan.read_text("utf-8"))["steps"]
-    print(f"{out}: {steps} steps each")
+        write_json(plan, {"steps": steps, "minutes": args.minutes, "of": args.race[0], "half": args.half})
+    planned = json.loads(plan.read_text("utf-8"))
+    steps, args.half = planned["steps"], planned.get("half", "both")
+    print(f"{out}: {steps} steps each; suites: half {args.half}")
     suites = args.suite
     for seed in args.seeds:
         for racer in args.race:
@@ -499,7 +681,7 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
     print(f"{out / 'table.json'}, and race.png beside it: the same prompts for all, and how the scores grew")
 
 
-def race_speeds(plan: Path, racers: list[str], flags: list[str]) -> dict[str, tuple[float, int]]:
+def race_speeds(plan: Path, racers: list[str], flags: list[str]) -> dict[str, tuple[float, int, float]]:
     """The racers' speeds, measured one after another in one go, so that what a busy hour slows is no bridge's fault."""
     known = json.loads(plan.read_text("utf-8"))
     if not set(racers) <= known.get("speeds", {}).keys():
@@ -507,46 +689,93 @@ def race_speeds(plan: Path, racers: list[str], flags: list[str]) -> dict[str, tu
     return known["speeds"]
 
 
-def measure_speed(racer: str, flags: list[str]) -> tuple[float, int]:
-    """Steps per second of a racer here and now, over one look-ahead of captions; and pictures a step."""
+@contextmanager
+def stopwatch(module: torch.nn.Module) -> Iterator[list[float]]:
+    """The clock before and after every forward pass of a module, in turn."""
+    clock: list[float] = []
+
+    def note(*_) -> None:
+        clock.append(time.perf_counter())
+
+    hooks = [module.register_forward_pre_hook(note), module.register_forward_hook(note, always_call=True)]
+    yield clock
+    for hook in hooks:
+        hook.remove()
+
+
+def measure_speed(racer: str, flags: list[str]) -> tuple[float, int, float]:
+    """Steps per second of a racer here and now, over one look-ahead of captions; pictures a step; and the
+    share of that time in forward passes of the LLM, a tower's own too, but not in gradients through it."""
     run = train.prepare(train.parse_args([*flags_of(racer), "--out", tempfile.mkdtemp(), *flags]), {}, {})
-    for captions, pictures in train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, 0):
-        if run.step == WARM_UP:
-            started = time.perf_counter()
-        elif run.step == WARM_UP + train.LOOK_AHEAD:
-            return train.LOOK_AHEAD / (time.perf_counter() - started), run.args.batch_size
-        train.train_step(run, run.expert, captions, pictures)
+    with stopwatch(run.llm.model.base_model) as clock:
+        for captions, pictures in train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, 0):
+            if run.step == WARM_UP:
+                started = time.perf_counter()
+                clock.clear()
+            elif run.step == WARM_UP + train.LOOK_AHEAD:
+                seconds = time.perf_counter() - started
+                inside = sum(clock[1::2]) - sum(clock[::2])
+                return train.LOOK_AHEAD / seconds, run.args.batch_size, inside / seconds
+            train.train_step(run, run.expert, captions, pictures)
 
 
-def race_table(logs: list[dict], speeds: dict[str, tuple[float, int]]) -> dict:
-    """racer -> parameters, images per second, the LLM's share; of each suite the rows and their mean over all seeds, with
-    Wilson's interval, and the mean of each seed; and the curves, against images, and minutes at that speed (measure_speed).
-    """
+def race_table(logs: list[dict], speeds: dict[str, list[float]]) -> dict:
+    """racer -> parameters, images per second, the LLM's share; of each suite the rows and their mean over
+    all seeds, with an interval, the mean of each seed, and the difference to the CONTROL; and the curves,
+    against images, and minutes at that speed. A speed of old has no share of the LLM: then it is the
+    median of the run's legs, which leaves out what a tower runs through the LLM itself."""
     table = {}
     for racer in dict.fromkeys(log["racer"] for log in logs):
         mine = [log for log in logs if log["racer"] == racer]
         suites = {}
         for suite in mine[0]["suites"]:
-            scores = [log["suites"][suite] for log in mine]
-            rows = {row: mean_of_rows([s["rows"][row] for s in scores]) for row in scores[0]["rows"]}
-            mean = mean_of_rows([row for name, row in rows.items() if name not in LEFT_OUT.get(suite, ())])
-            suites[suite] = mean | {"seeds": [s["mean"]["score"] for s in scores], "rows": rows}
+            drawn = suite in LEFT_OUT
+            runs = runs_of(racer, suite, logs)
+            control = {} if racer == CONTROL else runs_of(CONTROL, suite, logs)
+            rows = {}
+            for row in mine[0]["suites"][suite]["rows"]:
+                rows[row] = mean_of_rows({log["seed"]: {row: log["suites"][suite]["rows"][row]} for log in mine})
+            suites[suite] = mean_of_rows(runs, drawn) | {
+                "seeds": [log["suites"][suite]["mean"]["score"] for log in mine],
+                "minus control": difference(runs, control, drawn),
+                "rows": rows,
+            }
         legs = [point for log in mine for point in log["curve"]]
-        rate = speeds[racer][0] * speeds[racer][1]
-        curves = [[point | {"minutes": point["images"] / rate / 60} for point in log["curve"]] for log in mine]
-        table[racer] = {"parameters": mine[0]["parameters"], "images": legs[-1]["images"], "images/s": rate,
-                        "llm_share": min(point["llm_share"] for point in legs), "seeds": [log["seed"] for log in mine],
-                        "suites": suites, "curves": curves}  # fmt: skip
+        speed, pictures, *share = speeds[racer]
+        rate = speed * pictures
+        table[racer] = {
+            "parameters": mine[0]["parameters"],
+            "images": legs[-1]["images"],
+            "images/s": rate,
+            "llm_share": share[0] if share else median(point["llm_share"] for point in legs),
+            "seeds": [log["seed"] for log in mine],
+            "suites": suites,
+            "curves": [[point | {"minutes": point["images"] / rate / 60} for point in log["curve"]] for log in mine],
+        }
     return table
+
+
+def runs_of(racer: str, suite: str, logs: list[dict]) -> dict[int, dict[str, dict]]:
+    """seed -> row -> tally, of a racer's runs and the rows that count."""
+    runs = {}
+    for log in logs:
+        if log["racer"] == racer:
+            rows = log["suites"][suite]["rows"]
+            runs[log["seed"]] = {row: rows[row] for row in rows if row not in LEFT_OUT.get(suite, ())}
+    return runs
 
 
 def print_race(table: dict) -> None:
     suites = list(next(iter(table.values()))["suites"])
-    print(f"{'':22}{'parameters':>11}{'images/s':>10}{'LLM':>6}  " + "".join(f"{suite:>17}" for suite in suites))
+    print(f"{'':22}{'parameters':>11}{'images/s':>10}{'LLM':>6}  " + "".join(f"{suite:>20}" for suite in suites))
     for racer, line in table.items():
         cells = (f"{s['score']:5.2f} {s['interval'][0]:.2f} to {s['interval'][1]:.2f}" for s in line["suites"].values())
         print(f"{racer:22}{line['parameters']:>11,}{line['images/s']:10.0f}{line['llm_share']:6.0%}  "
-              + "".join(f"{cell:>17}" for cell in cells))  # fmt: skip
+              + "".join(f"{cell:>20}" for cell in cells))  # fmt: skip
+        paired = [s["minus control"] for s in line["suites"].values()]
+        if any(paired):
+            cells = [signed(d) if d else "" for d in paired]
+            print(f"{f'  minus {CONTROL}':51}" + "".join(f"{cell:>20}" for cell in cells))
 
 
 INKS = ("#c23b22", "#1f6fb4", "#2a8c3c", "#8a4fbf", "#d98c00", "#444444", "#00938f", "#b3487f", "#7a6a2f", "#6b8cff")
@@ -605,14 +834,18 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--ckpt", help="a run's folder or a Hub id (default: the newest run under runs/)")
     add("--versus", help="another run, to stand beside it")
     add("--suite", help="which suites, with commas (default: all that there are for the run's data)")
+    halves = "part of each suite, split by a hash of the scene: choose on one, report the other"
+    add("--half", choices=HALVES, default="report", help=f"{halves}; README's tables are of both")
     add("--probe", action="store_true", help="also probe what the LLM's layers know")
+    add("--probe-llm", metavar="LLM", help="only probe this LLM, and its control, for hex codes")
     add("--rows", help="only these rows of the suite, with commas")
     add("--n", type=positive(int), default=1, help="pictures of each prompt")
     add("--limit", type=positive(int), help="only the first so many prompts of each row, for a quick look")
     add("--steps", type=positive(int), default=24, help="Euler steps")
     add("--guidance", type=between(-1000, 1000), default=3.0, help="guidance scale; 1 is none")
     add("--seed", type=seed_number, default=0, help="of the noise: picture k of all starts from seed + k")
-    add("--out", help="folder for the JSON and the pictures (default: the run's own; its partial/ for --rows or --limit)")
+    own = "the run's own; its partial/ for --rows, --limit or --half choose"
+    add("--out", help=f"folder for the JSON and the pictures (default: {own})")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic of the LLM and the expert")
     add("--race", help="train and compare these bridges, with commas, each with its own flags for train.py: mot,lap:stride=1; "
@@ -631,11 +864,15 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         return args, ["--device", args.device, "--dtype", args.dtype, *more]
     if more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if args.probe_llm:
+        args.out = Path(args.out or "evaluation")
+        return args, []
     args.ckpt = args.ckpt or str(newest_run())
     args.rows = args.rows.split(",") if args.rows else None
     home = Path(args.ckpt if Path(args.ckpt).is_dir() else "evaluation")
     thinking = f"rewrite-{args.rewrite}" if args.rewrite else "think" if args.think else ""
-    args.out = Path(args.out or (home / "partial" if args.rows or args.limit else home) / thinking)
+    partial = args.rows or args.limit or args.half == "choose"
+    args.out = Path(args.out or (home / "partial" if partial else home) / thinking)
     return args, []
 
 
@@ -676,8 +913,11 @@ def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert,
     """Score, print and picture the suites of one run or two, and probe the first. -> run -> suite -> scores."""
     results, graded = {name: {} for name, _, _ in runs}, []
     one = all("one_object" in expert.made_for for _, expert, _ in runs)
+    asked = {}  # before anything is drawn: it may be refused
     for suite in args.suite:
-        prompts = [prompt for prompt in read_suite(suite, args.limit, args.rows, one) for _ in range(args.n)]
+        prompts = read_suite(suite, args.limit, args.rows, one, args.half)
+        asked[suite] = [prompt for prompt in prompts for _ in range(args.n)]
+    for suite, prompts in asked.items():
         seeds = [args.seed + i for i in range(len(prompts))]  # a noise of its own for each picture
         drawn = []
         for name, expert, llm in runs:
@@ -685,6 +925,10 @@ def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert,
             grades = [grade(prompt, picture) for prompt, picture in zip(prompts, pictures)]
             drawn.append((name, pictures, grades))
             results[name][suite] = summarize(suite, prompts, grades)
+            for row, share in chance(prompts, pictures).items():
+                results[name][suite]["rows"][row]["chance"] = share
+        if len(runs) > 1:
+            results[args.ckpt][suite]["difference"] = compare(suite, prompts, drawn[0][2], drawn[1][2])
         graded += [(suite, prompt, g) for prompt, g in zip(prompts, drawn[0][2])]
         print_suite(suite, {name: result[suite] for name, result in results.items()})
         write_whole(args.out / f"evaluate-{suite}.png", sheet(prompts, drawn).save)
@@ -694,6 +938,9 @@ def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert,
         llm.keep(range(len(llm.layers)))
         results[name]["probe"] = probe(llm, graded, args.seed, min(2000, 200 * (args.limit or 10)))
         print_probe(results[name]["probe"])
+        if "colors" in args.suite:
+            results[name]["probe-hex"] = probe_hex(llm, args.seed, min(800, 80 * (args.limit or 10)))
+            print_probe_hex(name, results[name]["probe-hex"])
     return results
 
 
@@ -701,15 +948,18 @@ def main(argv: list[str] | None = None) -> None:
     args, for_training = parse_args(argv)
     if args.race:
         return race(args, for_training)
+    if args.probe_llm:
+        return probe_llm(args)
     runs = open_runs(args)
     make_folder(args.out)
     data = runs[0][1].made_for["data"]
     results = (evaluate_shapes if data == "shapes" else evaluate_emoji)(args, runs)
-    settings = {key: vars(args)[key] for key in ("n", "limit", "steps", "guidance", "seed", "think", "rewrite")}
+    settings = {key: vars(args)[key] for key in ("half", "n", "limit", "steps", "guidance", "seed", "think", "rewrite")}
     for (name, expert, _), file in zip(runs, ("evaluate.json", "versus.json")):
         scores = {key: value | {"settings": settings} if key in args.suite else value for key, value in results[name].items()}
         save_results(args.out / file, {"run": name, "made_for": expert.made_for} | scores)
-    print(f"{args.out / 'evaluate.json'}, and a picture of each suite beside it: green frames are right, red are wrong")
+    where = args.out / "evaluate.json"
+    print(f"{where}, and a picture of each suite beside it: green frames are right, red are wrong; half: {args.half}")
 
 
 if __name__ == "__main__":

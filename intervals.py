@@ -9,7 +9,8 @@ Of two seeds nobody can tell how far a third lies (of such intervals 0.88 hold t
 differ much): print the seeds themselves beside the interval.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import numpy as np
@@ -87,7 +88,7 @@ def score_interval(sample: Sample) -> tuple[float, float]:
     levels = sample.levels()
     if levels == n and len(np.unique(sample.rows)) == 1:
         return wilson(score * n, n)
-    variance = resampled_scores(sample).var()
+    variance = float(resampled_scores(sample).var())
     effective = min(n, score * (1 - score) / variance) if variance > 0 else levels
     return wilson(score * effective, effective)
 
@@ -112,3 +113,68 @@ def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     reached = np.cumsum(weights[:, order], 1)
     place = (reached < reached[:, -1:] / 2).sum(1)
     return values[order][place]
+
+
+# ------------------------------------------------------------------------------------------------
+# tallies, as evaluate.py writes them: seed -> row -> {"n", "score", "right": "0110", "scenes": "id id"}
+
+Tallies = dict[int, dict[str, dict]]
+
+
+def sample_of(runs: Tallies, rows_are_drawn: bool) -> Sample:
+    """Runs of old kept no verdicts, only shares. Then the right ones are taken to come first, so that
+    a picture's likeness to that of another seed is not underestimated; and where rows are drawn anew,
+    scenes are not."""
+    values, rows, scenes, seeds = [], [], [], []
+    for seed, tallies in runs.items():
+        for row, entry in tallies.items():
+            n = entry["n"]
+            right = entry.get("right", "1" * round(entry["score"] * n)).ljust(n, "0")
+            if "scenes" in entry:
+                scenes += entry["scenes"].split()
+            else:
+                scenes += ["unknown"] * n if rows_are_drawn else [f"{row} {k}" for k in range(n)]
+            values += [float(letter) for letter in right]
+            rows += [row] * n
+            seeds += [seed] * n
+    columns = [np.array(column) for column in (values, rows, scenes, seeds)]
+    return Sample(*columns, rows_are_drawn)
+
+
+def have_verdicts(runs: Tallies) -> bool:
+    return all("right" in entry for tallies in runs.values() for entry in tallies.values())
+
+
+def mean_of_rows(runs: Tallies, rows_are_drawn: bool = False) -> dict:
+    """The mean of the rows' scores, as GenEval takes it, over runs of some seeds, its interval, and
+    what that is over."""
+    sample = sample_of(runs, rows_are_drawn)
+    over = ["scenes"] if have_verdicts(runs) or not rows_are_drawn else []
+    over += ["rows"] * rows_are_drawn + ["seeds"] * (len(runs) > 1)
+    wrong = Counter()
+    for tallies in runs.values():
+        for entry in tallies.values():
+            wrong.update(entry["wrong"])
+    return {
+        "score": sample.score(),
+        "interval": score_interval(sample),
+        "over": over,
+        "n": len(sample.values),
+        "wrong": dict(wrong),
+    }
+
+
+def difference(ours: Tallies, theirs: Tallies, rows_are_drawn: bool = False) -> dict | None:
+    """How much better the first are, with the same scenes, rows and seeds. None where they share no
+    seed, or it is not known which scenes were right."""
+    seeds = [seed for seed in ours if seed in theirs]
+    ours = {seed: ours[seed] for seed in seeds}
+    theirs = {seed: theirs[seed] for seed in seeds}
+    if not seeds or not (rows_are_drawn or have_verdicts(ours) and have_verdicts(theirs)):
+        return None
+    first = sample_of(ours, rows_are_drawn)
+    second = sample_of(theirs, rows_are_drawn)
+    if not np.array_equal(first.scenes, second.scenes) or not np.array_equal(first.rows, second.rows):
+        return None
+    sample = replace(first, values=first.values - second.values)
+    return {"score": sample.score(), "interval": difference_interval(sample)}

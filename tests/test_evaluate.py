@@ -15,8 +15,9 @@ import sample
 import train
 from conftest import CPU
 from data import TEST_PROMPTS, Emoji, Shapes, Thing, draw_things, lay_out
-from evaluate import SUITES, grade, mean_of_rows, read_suite, ridge, tally, wilson
-from judge import Verdict, learned_features, pixel_features, ranks
+from evaluate import SUITES, Grade, grade, is_in, read_suite, ridge, tally
+from intervals import difference, mean_of_rows, wilson
+from judge import learned_features, pixel_features, ranks
 from model import fingerprint, load_llm
 
 ROOT = Path(__file__).parent.parent
@@ -65,9 +66,9 @@ def test_no_prompt_is_a_training_caption():
 
 @pytest.mark.parametrize("name", SUITES)
 def test_the_true_picture_is_right_and_another_is_wrong(name):
-    """Every prompt, drawn by data.py as it asks; then the picture of another prompt of the suite in its place."""
+    """Every scene, drawn by data.py as it is asked for; then the picture of another of the suite in its place."""
     rng = np.random.default_rng(0)
-    prompts, pictures = ALL[name], []
+    prompts, pictures = list({p.scene_id: p for p in ALL[name]}.values()), []
     for prompt in prompts:
         things = lay_out(prompt.scene, rng)
         if prompt.rgb:
@@ -81,20 +82,63 @@ def test_the_true_picture_is_right_and_another_is_wrong(name):
     assert len(passed) <= 0.08 * len(prompts), "only scenes that leave a colour or a place open may pass for one another"
 
 
-def test_intervals():
-    """Against published values of the Wilson interval (Brown, Cai & DasGupta 2001), and rows of equal and unequal size."""
-    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3) and wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-3)
-    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-3)
+def tallied(bits: str, *scenes: int) -> dict:
+    """A row of pictures with these verdicts, of the prompts of a row of `position`, or of these."""
+    prompts = [p for p in ALL["position"] if p.row == "early"]
+    prompts = [prompts[i] for i in scenes] if scenes else prompts
+    grades = [Grade(None if bit == "1" else "missing", None, None) for bit in bits]
+    return tally(list(zip(prompts, grades)))
 
-    def row(right: int, n: int) -> dict:
-        ok, no = Verdict(True, None, (), None), Verdict(False, "missing", (), None)
-        return tally([evaluate.Grade(None, None, ok)] * right + [evaluate.Grade("missing", None, no)] * (n - right))
 
-    even = mean_of_rows([row(3, 10), row(9, 10)])
-    assert even["score"] == pytest.approx(0.6) and even["interval"] == pytest.approx(wilson(12, 20))
-    assert even["wrong"] == {"missing": 8} and even["n"] == 20
-    uneven = mean_of_rows([row(4, 8), row(50, 100)])
-    assert uneven["score"] == 0.5 and uneven["interval"][0] < wilson(54, 108)[0], "few pictures in a row widen the interval"
+def test_tallies_and_their_means():
+    row = tallied("1110000000")
+    assert row["score"] == 0.3 and row["interval"] == wilson(3, 10) and row["right"] == "1110000000"
+    assert row["scenes"].split() == [p.scene_id for p in ALL["position"][:10]]
+    even = mean_of_rows({0: {"a": row, "b": tallied("1" * 9 + "0")}})
+    assert even["score"] == pytest.approx(0.6) and even["wrong"] == {"missing": 8} and even["n"] == 20
+    low, high = tallied("11110000", *[0] * 4, *[1] * 4)["interval"]
+    assert high - low > 0.8, "two scenes, not eight"
+    uneven = mean_of_rows({0: {"a": tallied("1100"), "b": tallied("10" * 25)}})
+    assert uneven["score"] == 0.5 and uneven["interval"][0] < wilson(27, 54)[0], "few pictures in a row widen the interval"
+
+
+def test_a_difference_is_paired():
+    """Two runs that are wrong about the same scenes differ for sure; the same shares of other scenes do not tell."""
+    control, better, other = "0" * 30 + "10" * 15, "0" * 24 + "1" * 6 + "10" * 15, "1" * 21 + "0" * 39
+    same = difference({0: {"a": tallied(better)}}, {0: {"a": tallied(control)}})
+    assert same["score"] == pytest.approx(0.1) and same["interval"][0] > 0.02
+    apart = difference({0: {"a": tallied(other)}}, {0: {"a": tallied(control)}})
+    assert apart["score"] == pytest.approx(0.1) and apart["interval"][0] < 0 < apart["interval"][1]
+    old = {0: {"a": {"score": 0.5, "n": 60, "wrong": {}}}}
+    assert difference(old, {0: {"a": tallied(control)}}) is None, "which scenes were right is not known"
+    assert difference({0: {"a": tallied(control)}}, {1: {"a": tallied(control)}}) is None, "no seed in common"
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_suite_has_a_half_to_choose_on_and_one_to_report(name):
+    """No scene is on both sides, in whatever row, language or suite; and of every row about half is on each."""
+    halves = {half: read_suite(name, half=half) for half in ("choose", "report")}
+    assert sorted(map(repr, halves["choose"] + halves["report"])) == sorted(map(repr, ALL[name]))
+    elsewhere = {p.scene_id for prompts in ALL.values() for p in prompts if is_in("choose", p.scene_id)}
+    assert not elsewhere & {p.scene_id for p in halves["report"]}
+    assert not {p.text for p in halves["choose"]} & {p.text for p in halves["report"]}
+    for one in (False, True):
+        for row in {p.row for p in read_suite(name, one=one)}:
+            share = len(read_suite(name, only=[row], one=one, half="report")) / len(read_suite(name, only=[row], one=one))
+            assert 0.4 <= share <= 0.6, f"{row}: {share}"
+
+
+def test_by_chance_a_picture_is_wrong():
+    """Pictures of their own prompts are all right; against another's of the row, hardly any is."""
+    prompts = [p for p in ALL["geneval"] if p.row in ("colors", "position")]
+    rng = np.random.default_rng(0)
+    pictures = np.stack([draw_things(lay_out(prompt.scene, rng), 32) for prompt in prompts])
+    assert all(share <= 0.02 for share in evaluate.chance(prompts, pictures).values())
+    assert evaluate.chance(prompts[:1], pictures[:1]) == {}
+    blind = [prompt for prompt in ALL["geneval"] if prompt.row == "single object"][:2]
+    circle = np.stack([pictures[0], pictures[0]])
+    shares = [grade(prompt, picture).reason is None for prompt, picture in zip(blind, circle)]
+    assert evaluate.chance(blind, circle)["single object"] == np.mean(shares), "one picture for all is right by chance alone"
 
 
 def test_ridge_finds_a_linear_map():
@@ -142,6 +186,15 @@ def test_evaluate_command(two_runs, capsys):
                 assert 0 <= entry["interval"][0] <= entry["score"] <= entry["interval"][1] <= 1
             for entry in result[suite]["rows"].values():
                 assert round(entry["score"] * entry["n"]) + sum(entry["wrong"].values()) == entry["n"]
+                assert entry["right"].count("1") == round(entry["score"] * entry["n"]) and len(entry["right"]) == entry["n"]
+                assert 0 <= entry.get("chance", 0) <= 1  # two prompts of a row may ask for the same scene
+            assert result[suite]["settings"]["half"] == "report"
+        ours_better = results[0][suite]["difference"]
+        assert set(ours_better) >= rows | {"mean"} and "difference" not in results[1][suite]
+        means = [result[suite]["mean"]["score"] for result in results]
+        assert ours_better["mean"]["score"] == pytest.approx(means[0] - means[1])
+    assert results[0]["languages"]["mean"]["over"] == ["scenes", "rows"]
+    assert set(results[0]["probe-hex"]) == {"layer 0", "layer 1", "layer 2"}
     assert set(results[0]["probe"]) == {"layer 0", "layer 1", "layer 2", "picture"}
     assert results[1]["made_for"]["random_llm"] == 0
     printed = capsys.readouterr().out
@@ -227,22 +280,30 @@ def test_emoji_suites(llm_folder, tmp_path):
     results = json.loads((tmp_path / "run" / "partial" / "evaluate.json").read_text("utf-8"))
     suite = results["emoji-languages"]
     assert list(suite["rows"]) == ["en", "it", "zh"] and suite["mean"]["pixels"]["n"] == 80, "the mean leaves English out"
-    assert results["unseen-names"]["rows"]["en"]["pixels"]["n"] == 40
-    english = {name for text in source.trained for name in source.names[text]}
-    foreign = [prompt for row, prompt, _ in evaluate.read_emoji_suite("emoji-languages", source, 40) if row != "en"]
-    same = np.mean([prompt in english for prompt in foreign])
+    rows = results["unseen-names"]["rows"]
+    assert rows["en"]["pixels"]["n"] + rows["as in English"]["pixels"]["n"] == 40
+    asked = evaluate.read_emoji_suite("emoji-languages", source, 128)
+    foreign = [prompt for row, prompt, _ in asked if row not in ("en", "as in English")]
+    english = {name.lower() for text in source.trained for name in source.names[text]}
+    assert not english & {prompt.lower() for prompt in foreign}, "a name as in English tests no other language"
+    assert len([row for row, *_ in asked if row == "as in English"]) == 56 and len(foreign) == 13 * 128 - 56
+    unseen = evaluate.read_emoji_suite("unseen-names", source, None)
+    assert [prompt for row, prompt, _ in unseen if row == "as in English"] == ["rabbit", "kiss"], "others are called so too"
+    halves = [evaluate.read_emoji_suite("recall", source, None, half=half) for half in ("choose", "report")]
+    assert not set(halves[0]) & set(halves[1]) and sum(map(len, halves)) == len(source.trained)
+    assert all(0.45 < len(half) / len(source.trained) < 0.55 for half in halves)
     found = results["probe"]["layer 1"]["nearest name"]
-    assert found["n"] == len(foreign) == 13 * 40 and found["top 1"]["score"] >= same > 0, "pizza is pizza"
+    assert 500 <= found["n"] < 13 * 40
     blind, middle = results["probe"]["layer 0"]["nearest name"], (len(source.trained) + 1) / 2
     assert blind["median rank"]["score"] == middle, (
         "the first layer's values after the caption know nothing of it: all are tied"
     )
     assert results["probe"]["layer 1"]["in a caption"]["n"] == 40
     with pytest.raises(ValueError, match="klingon: the rows of emoji-languages are en, "):
-        evaluate.main([*short, "--suite", "emoji-languages", "--rows", "klingon"])
+        evaluate.read_emoji_suite("emoji-languages", source, None, ["klingon"])
     assert Image.open(tmp_path / "run" / "partial" / "evaluate-emoji-languages.png").width > 100
     asked = evaluate.read_emoji_suite("emoji-languages", source, None)
-    assert len({row for row, *_ in asked}) == 14 and {text for *_, text in asked} <= set(source.trained)
+    assert len({row for row, *_ in asked}) == 14 + 1 and {text for *_, text in asked} <= set(source.trained)
     assert ("it", "muso di gatto") in {
         (row, prompt) for row, prompt, _ in evaluate.read_emoji_suite("emoji-languages", source, 2000)}  # fmt: skip
     assert {text for *_, text in evaluate.read_emoji_suite("unseen-names", source, None)} == source.held_out
