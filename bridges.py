@@ -35,6 +35,7 @@ from model import (
     places,
     rms_norm,
     sinusoid,
+    text_gains,
     text_layers,
     with_cache,
 )
@@ -416,7 +417,7 @@ def build_bridge(
     heads = heads or layers[0]["kv_heads"] * max(1, round(2 * width / (layers[0]["key_width"] * layers[0]["kv_heads"])))
     shape = {"text_layers": layers, "width": width, "heads": heads, **shared}
     if name == "mot":
-        return ImageExpert(**shape)
+        return ImageExpert(**shape, text_gains=text_gains(llm, layers))
     with torch.device("meta"):
         wanted = count_parameters(ImageExpert(**shape))
     if name == "kv":

@@ -27,11 +27,12 @@ LAW_ERROR = 0.05  # largest error of a law that explains the keys; bfloat16 alon
 @dataclass(frozen=True)
 class Probe:
     """What is seen of an LLM: of each layer that keeps keys, its place in the cache, the shapes of
-    its heads (G, Dk, Dv), and how its keys turn."""
+    its heads (G, Dk, Dv), how its keys turn, and how large they are (root mean square, G numbers)."""
 
     places: list[int]
     heads: list[tuple[int, int, int]]
     rotary: list[Rotary]
+    key_sizes: list[list[float]]
 
 
 def layer_states(config, layer) -> tuple[Tensor, Tensor]:
@@ -108,7 +109,8 @@ def probe(model: nn.Module, run: Callable) -> Probe:
     laws = how_keys_turn(
         who, found, lambda first: states(ids, position_ids=first), rotary_frequencies(model)
     )
-    return Probe(list(found), heads, laws)
+    sizes = [keys.square().mean(dim=(0, 2, 3)).sqrt().tolist() for keys, _ in found.values()]
+    return Probe(list(found), heads, laws, sizes)
 
 
 def sees_ahead(states: dict, after_change: dict, dtype: torch.dtype) -> bool:

@@ -207,7 +207,7 @@ class FrozenLLM:
         """Find the attention layers, and how their keys turn (see loading.probe)."""
         seen = probe(self.model, self._run)
         self.layers = [TextLayer(n, *heads) for n, heads in enumerate(seen.heads)]
-        self.cache_index, self.rotary = seen.places, seen.rotary
+        self.cache_index, self.rotary, self.key_sizes = seen.places, seen.rotary, seen.key_sizes
 
     def keep(self, indices, hidden: Sequence[int] = (), tokens: bool = False, turned: bool = True, room: int = 0) -> None:
         """Hand over only these attention layers (the expert's own), in this order; the hidden states of these places (0 are
@@ -713,7 +713,9 @@ class ExpertBlock(nn.Module):
     Pre-norm with adaLN-Zero (Peebles & Xie 2023, section 3.2): shift, scale and gate come from the time, gates start at 0.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, layer: TextLayer, qk_norm: bool = True):
+    def __init__(
+        self, width: int, heads: int, hidden: int, layer: TextLayer, qk_norm: bool = True, gains: list[float] | None = None
+    ):
         super().__init__()
         self.heads, self.layer, self.qk_norm = heads, layer, qk_norm
         G, Dk, Dv = layer.kv_heads, layer.key_width, layer.value_width
@@ -721,6 +723,10 @@ class ExpertBlock(nn.Module):
         self.qkv = nn.Linear(width, sum(self.split), bias=False)
         if qk_norm:
             self.q_norm, self.k_norm = nn.Parameter(torch.ones(Dk)), nn.Parameter(torch.ones(Dk))
+        self.txt_gain = None
+        if gains:
+            self.txt_gain = nn.Parameter(torch.ones(G))
+            self.register_buffer("start_gain", torch.tensor(gains), persistent=False)
         self.out = nn.Linear(heads * Dv, width, bias=False)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
@@ -736,6 +742,12 @@ class ExpertBlock(nn.Module):
         if self.qk_norm:
             img_q, img_k = rms_norm(img_q, self.q_norm), rms_norm(img_k, self.k_norm)
         return img_q, img_k, img_v
+
+    def scale_keys(self, txt_k: Tensor) -> Tensor:
+        """The text's keys (B, G, T, Dk) as the image sees them: as they are, unless they are huge (see text_gains)."""
+        if self.txt_gain is None:
+            return txt_k
+        return txt_k * (self.start_gain * self.txt_gain).to(txt_k.dtype)[:, None, None]
 
     def finish(self, img: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
         """img (B, N, D) and what its queries attended to (B, H, N, Dv) -> img of the next layer."""
@@ -814,6 +826,7 @@ class ImageExpert(Tower):
     text_layers: the attention layers of the LLM that the blocks read, one block each (dicts of TextLayer). prediction: what the
     head gives, "clean" (the picture itself) or "velocity"; the answer is the velocity in both cases. made_for: what the weights
     belong to (the LLM's name and fingerprint, the data). hidden: width inside the SwiGLU (default: 8/3 of `width`).
+    text_gains: of each block, None or what its learned gains of the text's scores start from (see `text_gains` below).
     """
 
     qk_norm = True
@@ -829,10 +842,11 @@ class ImageExpert(Tower):
         channels: int = 3,
         prediction: str = "clean",
         made_for: dict | None = None,
+        text_gains: list[list[float] | None] | None = None,
     ):
         super().__init__({"text_layers": text_layers, "width": width, "heads": heads, "hidden": hidden, "patch": patch,
                           "image_size": image_size, "channels": channels, "prediction": prediction,
-                          "made_for": made_for})  # fmt: skip
+                          "made_for": made_for, "text_gains": text_gains})  # fmt: skip
         layers = [TextLayer(**layer) for layer in text_layers]
         if width % 4:
             raise ValueError(f"--width {width} does not divide by 4, as the 2-D sine-cosine table needs")
@@ -843,7 +857,10 @@ class ImageExpert(Tower):
         self.embed_time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.modulation = nn.Linear(width, (6 * len(layers) + 2) * width)  # adaLN of all blocks and the head in one matmul
         hidden = hidden or -(-8 * width // (3 * 64)) * 64  # two thirds of 4 D, rounded up
-        self.blocks = nn.ModuleList(ExpertBlock(width, heads, hidden, layer, self.qk_norm) for layer in layers)
+        gains = text_gains or [None] * len(layers)
+        self.blocks = nn.ModuleList(
+            ExpertBlock(width, heads, hidden, layer, self.qk_norm, gain) for layer, gain in zip(layers, gains)
+        )
         self.head = nn.Linear(width, channels * patch**2)
         for layer in (self.modulation, self.head):  # adaLN-Zero: each block starts as the identity, the head at 0
             nn.init.zeros_(layer.weight)
@@ -869,6 +886,7 @@ class ImageExpert(Tower):
         img, modulations, last = self.begin(x_t, t)
         for block, m, txt_k, txt_v in zip(self.blocks, modulations, context.keys, context.values):
             img_q, img_k, img_v = block.project(img, m)
+            txt_k = block.scale_keys(txt_k)
             attended = joint_attention(img_q, img_k, img_v, txt_k, txt_v, context.lengths)  # (B, H, N, Dv)
             img = block.finish(img, attended, m)
         return self.end(img, last, x_t, t)
@@ -910,6 +928,21 @@ def describe(llm: FrozenLLM) -> str:
         "tokenizer": f"the empty prompt has {empty} tokens; chat template: {'yes' if llm.tokenizer.chat_template else 'no'}",
     }  # fmt: skip
     return "\n".join(f"{name:<12}{line}" for name, line in lines.items())
+
+
+LARGE_KEYS = 10.0  # root mean square; heads of gemma-3-270m have 2 to 8, of SmolLM2-135M 1 to 3
+
+
+def text_gains(llm: FrozenLLM, layers: list[dict]) -> list[list[float] | None] | None:
+    """What the learned gains of the text's scores start from, a list of the heads' for each of these layers, or None.
+
+    The expert's own keys are normed (QK-norm). An LLM whose keys have biases of hundreds and no norm (Qwen2) would win or
+    lose every score by them: the softmax saturates. Such heads start with keys of size 1, and learn how loud they should be.
+    """
+    sizes = [llm.key_sizes[layer["index"]] for layer in layers]
+    if all(size <= LARGE_KEYS for heads in sizes for size in heads):
+        return None
+    return [[1 / size if size > LARGE_KEYS else 1.0 for size in heads] for heads in sizes]
 
 
 def text_layers(llm: FrozenLLM, depth: int, part: str = "all") -> list[dict]:

@@ -12,7 +12,8 @@ from test_families import Letters, tiny_config
 
 import sample
 import train
-from conftest import CPU, save_tiny_instruct_llm, save_tiny_llm
+from bridges import build_bridge
+from conftest import CPU, TINY_RUN, save_tiny_instruct_llm, save_tiny_llm
 from loading import check_same_llm
 from model import FrozenLLM, load_llm
 
@@ -101,6 +102,50 @@ def test_a_bert_of_small_weights_is_not_causal(std, dtype):
         weight.data = weight.data.to(dtype)
     with pytest.raises(ValueError, match="is not causal"):
         FrozenLLM(model, Letters(), "bert")
+
+
+# ---------------------------------------------------------------------------------------------------
+# keys with large biases
+
+
+def saturated(expert, llm: FrozenLLM, captions: list[str]) -> float:
+    """The share of image tokens and heads that give 0.99 of their weight to a single token, in the first block."""
+    img, modulations, _ = expert.begin(torch.randn(len(captions), 3, 16, 16), torch.full((len(captions),), 0.5))
+    context, block = llm.context(captions), expert.blocks[0]
+    img_q, img_k, _ = block.project(img, modulations[0])
+    joint_k = torch.cat([block.scale_keys(context.keys[0]), img_k], 2).repeat_interleave(block.heads // img_k.shape[1], 1)
+    T = context.keys[0].shape[2]
+    padding = (torch.arange(joint_k.shape[2]) >= context.lengths[:, None]) & (torch.arange(joint_k.shape[2]) < T)
+    scores = img_q @ joint_k.transpose(-2, -1) * img_q.shape[-1] ** -0.5
+    weights = scores.masked_fill(padding[:, None, None], float("-inf")).softmax(-1)
+    return (weights.amax(-1) > 0.99).float().mean().item()
+
+
+def test_shared_attention_does_not_saturate_beside_keys_with_large_biases(tmp_path):
+    """Qwen2's kind, beside the same LLM without: the gains start from the keys' measured size, and are learned and saved."""
+    captions = ["a red circle", "three small teal stars", "the heart is to the left of the gold ring"]
+    for large in (False, True):
+        model = transformers.AutoModelForCausalLM.from_pretrained(save_tiny_llm("qwen2", tmp_path / str(large)))
+        if large:
+            torch.manual_seed(0)
+            for layer in model.model.layers:
+                layer.self_attn.k_proj.bias.data.normal_(std=80.0)
+        model.save_pretrained(tmp_path / str(large))
+        llm = load_llm(str(tmp_path / str(large)), CPU, torch.float32)
+        torch.manual_seed(0)
+        expert = build_bridge("mot", llm, 32, 2, 4, "all", patch=4, image_size=16)
+        assert bool(expert.config["text_gains"]) == large
+        expert.attach(llm)
+        assert saturated(expert, llm, captions) == 0
+        if large:
+            for block in expert.blocks:
+                block.txt_gain.data /= block.start_gain  # the keys as they are
+            assert saturated(expert, llm, captions) > 0.3
+    flags = ["--llm", str(tmp_path / "True"), "--out", str(tmp_path / "run"), *TINY_RUN, "--layers", "all", "--steps", "4"]
+    train.main(flags)
+    trained = sample.load_expert(str(tmp_path / "run"), CPU)
+    assert trained.config["text_gains"] == expert.config["text_gains"]
+    assert not torch.equal(trained.blocks[0].txt_gain, torch.ones(2)), "it learns"
 
 
 # ---------------------------------------------------------------------------------------------------
