@@ -115,7 +115,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _stop_now(number, frame) -> None:
-    print(f"{program()}: stopped", file=sys.stderr, flush=True)
+    os.write(2, f"{program()}: stopped\n".encode())  # print may be what was interrupted
     os._exit(130)
 
 
