@@ -4,6 +4,7 @@
     python bench.py attention train                    # attention | train | sample | llm
 
 A ratio holds within one run only. The LLM's weights do not matter for speed: --llm takes any, --random-llm makes fresh ones.
+Flags that are not bench.py's own are train.py's, with "=": --width=128 --batch-size=16.
 """
 
 if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
@@ -22,6 +23,7 @@ from functools import partial
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -30,7 +32,7 @@ import train
 from attention import hybrid_mask, joint_attention, joint_attention_definition, text_mask, triton
 from cli import OneLineParser, one_line_errors, pick_device, pick_dtype, positive, write_text
 from flow import euler_sample
-from model import Context, FrozenLLM, ImageExpert
+from model import Context, Enough, FrozenLLM, ImageExpert
 
 SECTIONS = ("attention", "train", "sample", "llm")
 
@@ -39,13 +41,28 @@ SECTIONS = ("attention", "train", "sample", "llm")
 # the plain joint forward: what the cache saves us from, and what it is proved equal to
 
 
-def joint_forward(llm: FrozenLLM, expert: ImageExpert, x_t: Tensor, t: Tensor, captions: list[str]) -> Tensor:
+def joint_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """joint_attention_definition as one would train with it: SDPA, in the run's own dtype. Grouped
+    queries are more rows that ask the same keys, which is twice as fast here as repeated keys."""
+    B, H, R, _ = q.shape
+    G = k.shape[1]
+    rows = q.reshape(B, G, H // G * R, -1)
+    mask = mask.repeat(1, 1, H // G, 1)
+    out = F.scaled_dot_product_attention(rows, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, scale=1.0)
+    return out.reshape(B, H, R, -1)
+
+
+def joint_forward(
+    llm: FrozenLLM, expert: ImageExpert, x_t: Tensor, t: Tensor, captions: list[str], attention: Callable | None = None
+) -> Tensor:
     """Mixture-of-Transformers as it is defined: both towers in lockstep, one softmax a layer over [text; image].
 
-    The LLM runs over the captions with its attention replaced by the joint one; whenever it reaches a layer that the expert
-    reads, the image tower takes its step of that layer too. For LLMs whose attention is a plain softmax. Gradients reach the
-    image tower alone: the LLM's weights ask for none.
+    The LLM runs over the captions with its attention replaced by the joint one; whenever it reaches a
+    layer that the expert reads, the image tower takes its step of that layer too; after the last of
+    them it stops. For LLMs whose attention is a plain softmax. Gradients reach the image tower alone:
+    the LLM's weights ask for none. attention: joint_attention_definition (the default) or joint_sdpa.
     """
+    attention = attention or joint_attention_definition
     ids = [torch.tensor(llm.tokenize(caption), dtype=torch.long) for caption in captions]
     txt_ids = pad_sequence(ids, batch_first=True).to(llm.device)  # (B, T)
     lengths = torch.tensor([len(row) for row in ids], device=llm.device)
@@ -68,16 +85,21 @@ def joint_forward(llm: FrozenLLM, expert: ImageExpert, x_t: Tensor, t: Tensor, c
             img_q, img_k = rotary(img_q * img_q.shape[-1] ** -0.5, lengths), rotary(img_k, lengths)  # the place after the text
             joint_k = torch.cat([txt_k, img_k], dim=2)  # (B, G, T+N, Dk)
             joint_v = torch.cat([txt_v, img_v], dim=2)  # (B, G, T+N, Dv)
-            img = block.finish(img, joint_attention_definition(img_q, joint_k, joint_v, img_mask), m)
+            seen_k = torch.cat([block.scale_keys(txt_k), img_k], dim=2)
+            img = block.finish(img, attention(img_q, seen_k, joint_v, img_mask), m)
+        if module.layer_idx == max(tower):
+            raise Enough
         # the text's rows of the same softmax; a call of its own because the towers may differ in their number of query heads
-        txt_out = joint_attention_definition(txt_q, joint_k, joint_v, mask[:, :, :T, : joint_k.shape[2]])
+        S = T if attention is joint_sdpa else joint_k.shape[2]  # they see no image: SDPA need not be told so
+        txt_out = attention(txt_q, joint_k[:, :, :S], joint_v[:, :, :S], mask[:, :, :T, :S])
         return txt_out.transpose(1, 2), None
 
     before = llm.model.config._attn_implementation
     transformers.AttentionInterface.register("joint", attend)
     try:
         llm.model.set_attn_implementation("joint")
-        llm.model.base_model(input_ids=txt_ids, use_cache=False)
+        with suppress(Enough):
+            llm.model.base_model(input_ids=txt_ids, use_cache=False)
     finally:
         llm.model.set_attn_implementation(before)
     return expert.end(img, last, x_t, t)
@@ -207,17 +229,20 @@ def bench_attention(args, device: torch.device, dtype: torch.dtype, peak: float)
 
 
 def fresh_context(llm: FrozenLLM, captions: list[str]) -> Context:
-    """What a trainer without a cache does: the LLM over every caption of the batch, repeats too."""
-    ids = [torch.tensor(llm.tokenize(caption), dtype=torch.long) for caption in captions]
+    """What a trainer without a cache does: the LLM over the captions of the batch, each of them once."""
+    distinct = list(dict.fromkeys(captions))
+    rows = torch.tensor([distinct.index(caption) for caption in captions], device=llm.device)
+    ids = [torch.tensor(llm.tokenize(caption), dtype=torch.long) for caption in distinct]
     lengths = torch.tensor([len(row) for row in ids], device=llm.device)
     with torch.no_grad():
         cache = llm._run(pad_sequence(ids, batch_first=True).to(llm.device), max(llm.cache_index[x.index] for x in llm.kept))
-        return llm._unpack(llm._pack(cache, lengths), lengths)
+        return llm._unpack(llm._pack(cache, lengths)[rows], lengths[rows])
 
 
 def training_run(args, *flags: str) -> train.Run:
     llm = ["--llm", args.llm, *(["--random-llm"] if args.random_llm else [])]
-    return train.prepare(train.parse_args([*llm, "--out", tempfile.mkdtemp(), "--device", args.device, *flags]), {}, {})
+    given = [*llm, "--out", tempfile.mkdtemp(), "--device", args.device, *args.for_training, *flags]
+    return train.prepare(train.parse_args(given), {}, {})
 
 
 PRODUCTS = ("mm", "attention", "softmax", "gemm", "conv")  # in the names of operators
@@ -235,11 +260,18 @@ def bench_train(args, device: torch.device, dtype: torch.dtype, peak: float) -> 
         captions, pictures = next(stream)
         train.train_step(run, lambda x, t, _: run.expert(x, t, fresh_context(run.llm, captions)), captions, pictures)
 
-    def joint() -> None:
+    def joint(attention: Callable) -> None:
         captions, pictures = next(stream)
-        train.train_step(run, lambda x, t, _: joint_forward(run.llm, run.expert, x, t, captions), captions, pictures)
+        train.train_step(
+            run, lambda x, t, _: joint_forward(run.llm, run.expert, x, t, captions, attention), captions, pictures
+        )
 
-    ways = {"joint forward at every step": joint, "LLM at every step": each_step, "caption cache": cached}
+    ways = {
+        "joint forward, float32 definition": partial(joint, joint_attention_definition),
+        "joint forward, SDPA": partial(joint, joint_sdpa),
+        "LLM over the distinct captions of each step": each_step,
+        "caption cache": cached,
+    }
     if args.compile:
         ways["caption cache, compiled"] = partial(cached, torch.compile(run.expert))
     result = timed(ways, device, 30 * args.seconds)
@@ -282,7 +314,7 @@ def bench_sample(args, device: torch.device, dtype: torch.dtype, peak: float) ->
                 euler_sample(predict, noise, context, 24, empty, 3.0)
 
         def joint(x: Tensor, t: Tensor, _, captions=captions) -> Tensor:
-            return joint_forward(llm, expert, x, t, [*captions, *[""] * len(captions)])
+            return joint_forward(llm, expert, x, t, [*captions, *[""] * len(captions)], joint_sdpa)
 
         def twice(x: Tensor, t: Tensor, both: Context) -> Tensor:
             B = len(x) // 2
@@ -290,14 +322,14 @@ def bench_sample(args, device: torch.device, dtype: torch.dtype, peak: float) ->
                       for s in (slice(0, B), slice(B, None)))  # fmt: skip
             return torch.cat([expert(*xt, half) for *xt, half in zip(x.chunk(2), t.chunk(2), halves)])
 
-        predicts = {"joint forward at every step": joint, "cached, two passes": twice, "cached, one batch": expert}
+        predicts = {"joint forward, SDPA": joint, "cached, two passes": twice, "cached, one batch": expert}
         if args.compile:
             predicts["cached, one batch, compiled"] = compiled
         result = timed({k: lambda p=p: draw(p) for k, p in predicts.items()}, device, 4 * args.seconds)
         for name, time_ms in result.items():
             rows.append({"prompts": n, "way": name, "ms": time_ms["ms"], "spread": time_ms["spread"],
                          "pictures/s": 1000 * n / time_ms["ms"],
-                         "joint / this": result["joint forward at every step"]["ms"] / time_ms["ms"]})  # fmt: skip
+                         "joint / this": result["joint forward, SDPA"]["ms"] / time_ms["ms"]})  # fmt: skip
     return rows
 
 
@@ -357,7 +389,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=positive(float), default=0.5, help="time for each thing measured")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--out", default="bench.json")
-    args = parser.parse_args()
+    args, args.for_training = parser.parse_known_args()
+    train.parse_args(args.for_training)  # a wrong flag is named before anything is timed
     if wrong := [name for name in args.sections if name not in SECTIONS]:
         raise ValueError(f"{wrong[0]}: expected some of {', '.join(SECTIONS)}")
     device, why = pick_device(args.device)

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import bench
-from conftest import CPU
+from conftest import CPU, random_expert
 
 
 def test_every_section_runs(llm_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bench.py", "--llm", str(llm_folder("qwen2")), "--seconds", "0.001", "--device", "cpu",
-                                     "--mirror", "--out", str(tmp_path / "bench.json")])  # fmt: skip
+    small = ["--width=32", "--depth=2", "--batch-size=8"]  # flags of train.py
+    flags = ["--llm", str(llm_folder("qwen2")), "--seconds", "0.001", "--device", "cpu"]
+    monkeypatch.setattr(bench, "HEADS", {"tiny": (4, 2, 16)})
+    monkeypatch.setattr("sys.argv", ["bench.py", *flags, *small, "--out", str(tmp_path / "bench.json")])
     bench.main()
     results = json.loads((tmp_path / "bench.json").read_text())
     assert list(results) == ["machine", *bench.SECTIONS] and results["machine"]["matmul peak TFLOP/s"] > 0
@@ -20,8 +22,14 @@ def test_every_section_runs(llm_folder, tmp_path, monkeypatch, capsys):
         assert results[name] and all(value > 0 for row in results[name] for value in row.values() if isinstance(value, float))
     assert {row["way"] for row in results["attention"]} == {"definition", "sdpa"}
     assert all(row["sdpa / this"] == 1 for row in results["attention"] if row["way"] == "sdpa")
-    assert {row["expert"] for row in results["train"]} == {"tiny", "mirror"}
+    ways = [row["way"] for row in results["train"]]
+    assert ways[1:] == ["joint forward, SDPA", "LLM over the distinct captions of each step", "caption cache"]
     assert "of the time in matrix products and attention" in capsys.readouterr().out
+    mirror = ["train", "--mirror", "--batch-size=4", "--image-size=16", "--out", str(tmp_path / "mirror.json")]
+    monkeypatch.setattr("sys.argv", ["bench.py", *flags, *mirror])
+    bench.main()
+    results = json.loads((tmp_path / "mirror.json").read_text())
+    assert {row["expert"] for row in results["train"]} == {"tiny", "mirror"}
 
 
 def test_timing_is_paired_and_a_median():
@@ -40,6 +48,18 @@ def test_a_context_without_the_cache_is_the_same(tiny_llm):
     for ours, theirs in zip([*fresh.keys, *fresh.values], [*cached.keys, *cached.values]):
         for i, n in enumerate(cached.lengths):
             assert (ours[i, :, :n] - theirs[i, :, :n]).abs().max() < 1e-5
+
+
+def test_the_rival_in_sdpa_computes_what_the_definition_says(tiny_llm):
+    llm = tiny_llm("gemma3")
+    expert = random_expert(llm)
+    captions = ["a red circle", "three small teal stars", "a red circle"]
+    x_t, t = torch.randn(3, 3, 16, 16), torch.tensor([0.1, 0.5, 0.9])
+    with torch.no_grad():
+        definition = bench.joint_forward(llm, expert, x_t, t, captions)
+        sdpa = bench.joint_forward(llm, expert, x_t, t, captions, bench.joint_sdpa)
+    error = (definition - sdpa).abs().max().item()
+    assert error < 1e-5 and definition.std() > 0.01, error
 
 
 def test_unknown_sections_are_refused(monkeypatch):
