@@ -1,10 +1,11 @@
-"""What all commands share: flags that are checked, the device, files that are never half written, errors in one line.
+"""What all commands share: checked flags, the device, files never half written, errors in one line.
 
-Every command begins with `cli.start()`, before it imports torch, and ends with `cli.one_line_errors(main)`. Between the two
-whatever goes wrong is one line on stderr and exit status 2; Ctrl-C is one line and 130. FROZEN_LLM_TRACEBACK=1 in the
-environment brings the traceback back.
+Every command begins with `cli.start()`, before it imports torch, and ends with
+`cli.one_line_errors(main)`. Between the two whatever goes wrong is one line on stderr and exit
+status 2; Ctrl-C is one line and 130. FROZEN_LLM_TRACEBACK=1 in the environment brings the traceback
+back.
 
-Nothing heavy is imported here at the top: Ctrl-C must be caught in the seconds that torch takes to import.
+Nothing heavy is imported here at the top: Ctrl-C must be caught while torch is imported, too.
 """
 
 import argparse
@@ -22,24 +23,27 @@ from pathlib import Path
 TRACEBACK = "FROZEN_LLM_TRACEBACK"  # the environment variable that brings the traceback back
 LONGEST = 600  # characters of an error's line: a compiler may say pages
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # errors: one line and an exit status
 
 
 def start() -> None:
-    """From here on, while a command still imports its libraries, Ctrl-C and errors are one line too."""
+    """From here on, while a command still imports its libraries, Ctrl-C and errors are one line."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stop_now)  # an exception would be lost in a library that catches all
+        # an exception would be lost in a library that catches all
+        signal.signal(signal.SIGINT, _stop_now)
     sys.excepthook = lambda kind, error, trace: sys.exit(report(error))
     threading.excepthook = lambda thread: report(thread.exc_value)
 
 
 def one_line_errors(main: Callable[[], None]) -> None:
-    """Run a command. What goes wrong is one line on stderr and exit status 2, whichever library raised it."""
+    """Run a command. What goes wrong is one line on stderr and status 2, whoever raised it."""
     if signal.getsignal(signal.SIGINT) is _stop_now:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on half-written files are put away first
+        # from here on half-written files are put away first
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have the letters of a prompt
+        # a terminal may not have the letters of a prompt
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             main()
@@ -86,7 +90,8 @@ def one_line(error: BaseException) -> str:
     if is_out_of_memory(error):
         return f"not enough memory; make --batch-size, --image-size or --width smaller ({named})"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return f"--compile needs a working compiler (C++ on a CPU); leave it out, or install one ({named})"
+        what_to_do = "--compile needs a compiler (C++ on a CPU); leave it out, or install one"
+        return f"{what_to_do} ({named})"
     if text and isinstance(error, SAY_ENOUGH):
         return text
     return f"{named} ({TRACEBACK}=1 shows where)"
@@ -100,18 +105,28 @@ def flat(text: str) -> str:
     """A message of many lines as one, without the tracebacks that some libraries put into it."""
     text, *inner = text.split("Traceback (most recent call last)")
     if inner:
-        text += inner[-1].strip().splitlines()[-1]
+        text += inner[-1].strip().rpartition("\n")[2]
     text = " ".join(text.split())
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "unable to allocate",
-                 "alloc_failed", "bad_alloc", "size calculation overflowed", "multiplication overflow")  # fmt: skip
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "unable to allocate",
+    "alloc_failed",
+    "bad_alloc",
+    "size calculation overflowed",
+    "multiplication overflow",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """torch says it with a RuntimeError, in words that depend on the device and the system."""
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY)
 
 
 def _stop_now(number, frame) -> None:
@@ -120,14 +135,14 @@ def _stop_now(number, frame) -> None:
 
 
 def _close_stdout() -> None:
-    """Let the interpreter's own last flush go nowhere (docs.python.org, library/signal, "Note on SIGPIPE")."""
+    """Let the interpreter's own last flush go nowhere (library/signal, "Note on SIGPIPE")."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
         pass
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # flags
 
 
@@ -137,7 +152,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def between(low: float, high: float, kind: type = float, expected: str = "") -> Callable:
-    """argparse type: a number from low to high, both included; `expected` says it in other words. nan and inf are none."""
+    """argparse type: a number from low to high, both included; nan and inf are none.
+
+    `expected` says the range in other words.
+    """
     what = "a whole number" if kind is int else "a number"
     expected = expected or f"{what} from {low} to {high}"
 
@@ -165,7 +183,10 @@ share = between(0, math.nextafter(1, 0), expected="a number from 0 to below 1")
 
 
 def words(text: str) -> str:
-    """argparse type: text for an LLM. What the terminal's encoding could not read is read as UTF-8, or becomes U+FFFD."""
+    """argparse type: text for an LLM.
+
+    What the terminal's encoding could not read is read as UTF-8, or becomes U+FFFD.
+    """
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     except UnicodeEncodeError:  # half a character, as Windows can hand over
@@ -180,7 +201,8 @@ def pick_device(name: str):
         try:
             return torch.empty(0, device=name).device, "asked for"
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+            why = str(error).partition("\n")[0]
+            raise ValueError(f"--device {name} cannot be used here: {why}") from None
     if torch.cuda.is_available():
         return torch.device("cuda"), torch.cuda.get_device_name()
     if torch.backends.mps.is_available():
@@ -189,22 +211,28 @@ def pick_device(name: str):
 
 
 def pick_dtype(name: str, device):
-    """ "auto", "float32" or "bfloat16" -> the arithmetic of the matrix products, and why. Trained weights stay float32."""
+    """ "auto", "float32" or "bfloat16" -> the arithmetic of the matrix products, and why.
+
+    Trained weights stay float32.
+    """
     import torch
 
     if name != "auto":
         return getattr(torch, name), "asked for"
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and cpu.get("avx512_bf16")
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = device.type == "cpu" and cpu.get("avx512_bf16")
     return (torch.bfloat16, "fast here") if fast else (torch.float32, "bfloat16 is not fast here")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # folders and files
 
 
 def make_folder(path: Path | str) -> Path:
-    """A folder for --out, made if need be; ValueError, before any work is done, if nothing can be written there."""
+    """A folder for --out, made if need be; ValueError, before any work, if it cannot be written."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -212,12 +240,14 @@ def make_folder(path: Path | str) -> Path:
             pass
     except OSError as error:
         why = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
-        raise ValueError(f"{path}: nothing can be written there ({why}); --out names another folder") from None
+        raise ValueError(
+            f"{path}: nothing can be written there ({why}); --out names another folder"
+        ) from None
     return path
 
 
 def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
-    """`write` writes a file beside `path`, which then takes its name: at every moment `path` is whole, the old or the new.
+    """`write` writes a file beside `path`, which then takes its name: `path` is always whole.
 
     If it makes a folder of that name, the files in it take their places beside `path`, one by one.
     """
@@ -226,7 +256,7 @@ def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
     _remove(beside)  # of a process that was killed
     try:
         beside.touch()
-        mode = beside.stat().st_mode  # what this user's files have: safetensors hides its own from all others
+        mode = beside.stat().st_mode  # as this user's files have it: safetensors makes its own private
         beside.unlink()
         write(beside)
         for file in list(beside.iterdir()) if beside.is_dir() else [beside]:
@@ -248,7 +278,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def it_may_have_moved(place: str, flag: str) -> Iterator[None]:
-    """Around the loading of what a run names: if it is gone from there, say with which flag the new place is given."""
+    """Around the loading of what a run names: if it is gone, say which flag gives its new place."""
     try:
         yield
     except ValueError as error:
@@ -284,7 +314,9 @@ class Locked:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             self.file.close()
-            raise ValueError(f"{self.folder}: another process trains there; wait for it, or give another --out") from None
+            raise ValueError(
+                f"{self.folder}: another process trains there; wait for it, or give another --out"
+            ) from None
         except OSError:
             pass  # a file system without locks
         return self
