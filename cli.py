@@ -256,7 +256,7 @@ def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
     _remove(beside)  # of a process that was killed
     try:
         beside.touch()
-        mode = beside.stat().st_mode  # as this user's files have it: safetensors makes its own private
+        mode = beside.stat().st_mode  # as all files of this user: safetensors makes its own private
         beside.unlink()
         write(beside)
         for file in list(beside.iterdir()) if beside.is_dir() else [beside]:

@@ -79,7 +79,7 @@ LIBRARIES = [  # what their errors are, and what must be said
     (lambda: fail_with(BaseException("a panic in Rust is no Exception")), "panic"),
     (lambda: fail_with(ValueError("x" * 10**6)), "x…$"),
     (lambda: fail_with(RuntimeError("Traceback (most recent call last)")), "RuntimeError"),
-    (fail_inductor, "--compile needs a working compiler"),
+    (fail_inductor, "--compile needs a compiler"),
     (fail_in_a_worker, "RuntimeError: a worker died: OSError: no room"),
     (lambda: torch.empty(2**55), "not enough memory; make --batch-size, --image-size or --width smaller"),
     (lambda: torch.empty(2**62, 2**62), "not enough memory; make --batch-size"),
