@@ -10,8 +10,9 @@
 No network judges: judge.py reads every picture by geometry. Prompts: assets/prompts/SUITE.jsonl, one JSON object a line with
 row (of the table), prompt, groups ([count, color or null, shape]), and where it applies relation, or rgb (the exact colour).
 
-Each suite has two halves (--half): what is chosen by its score (layers, guidance, a template, a budget) is chosen on one, and
-the other is what a report is about. The same scene is on the same side in every row, language and suite.
+Each suite has two halves (--half): what is chosen by its score (layers, guidance, a template, a budget)
+is chosen on one, and the other is what a report is about. The same scene is on the same side in every
+row, language and suite.
 """
 
 if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
@@ -67,7 +68,7 @@ from sample import (
 )
 
 SUITES = ("geneval", "unseen", "languages", "colors", "emoji", "ascii", "knowledge", "parrot", "position")
-AS_IN_ENGLISH = "as in English"  # names of another language, or of an emoji left out, that training has taught
+AS_IN_ENGLISH = "as in English"  # names that training has taught all the same
 LEFT_OUT = {  # rows to compare with, not in the mean
     "languages": {"English"},
     "emoji-languages": {"en", AS_IN_ENGLISH},
@@ -112,7 +113,7 @@ def read_suite(
     one: bool = False,
     half: str = "both",
 ) -> list[Prompt]:
-    """The prompts of a suite, or of a half of it: of some rows, for one object, the first of each row."""
+    """The prompts of a suite or of a half of it: of some rows, for one object, the first of each row."""
     rows: dict[str, list[Prompt]] = {}
     for line in (PROMPTS / f"{name}.jsonl").read_text("utf-8").splitlines():
         record = json.loads(line)
@@ -148,8 +149,8 @@ def grade(prompt: Prompt, picture: np.ndarray) -> Grade:
 
 
 def chance(prompts: list[Prompt], pictures: np.ndarray) -> dict[str, float]:
-    """row -> the share that would be right by chance: every picture against the next prompt of its row
-    that asks for another scene. A row that asks for one scene alone has none."""
+    """row -> the share that would be right by chance: every picture against the next prompt of its
+    row that asks for another scene. A row that asks for one scene alone has none."""
     right: dict[str, list[bool]] = {}
     for i, prompt in enumerate(prompts):
         others = [other for other in prompts[i + 1 :] + prompts[:i] if other.row == prompt.row]
@@ -160,8 +161,8 @@ def chance(prompts: list[Prompt], pictures: np.ndarray) -> dict[str, float]:
 
 
 def tally(pairs: list[tuple[Prompt, Grade]]) -> dict:
-    """One row of the table: its score with the interval, why the others are wrong, the median distance
-    of the colours, and each picture's verdict and scene: any interval can be had without drawing again."""
+    """One row of the table: its score with the interval, why the others are wrong, the median
+    distance of the colours; each picture's verdict and scene, for other intervals later."""
     right = "".join("0" if g.reason else "1" for _, g in pairs)
     offs = [g.off for _, g in pairs if g.off is not None]
     entry = {
@@ -176,7 +177,7 @@ def tally(pairs: list[tuple[Prompt, Grade]]) -> dict:
 
 
 def tables_of(suite: str, prompts: list[Prompt], grades: list[Grade]) -> dict[str, dict[str, dict]]:
-    """What has a score -> row -> tally: each row, their mean, and for languages one and two objects."""
+    """What has a score -> row -> tally: each row, their mean; of languages, one and two objects."""
     rows: dict[str, list[tuple[Prompt, Grade]]] = {}
     for prompt, g in zip(prompts, grades):
         rows.setdefault(prompt.row, []).append((prompt, g))
@@ -207,7 +208,9 @@ def compare(suite: str, prompts: list[Prompt], ours: list[Grade], theirs: list[G
     """The paired difference of two runs in every row and mean of a suite. -> JSON."""
     first = tables_of(suite, prompts, ours)
     second = tables_of(suite, prompts, theirs)
-    return {name: difference({0: first[name]}, {0: second[name]}, suite in LEFT_OUT) for name in first}
+    return {
+        name: difference({0: first[name]}, {0: second[name]}, suite in LEFT_OUT) for name in first
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,7 +248,8 @@ def print_suite(suite: str, results: dict[str, dict]) -> None:
     if len(results) > 1:
         heads = [f"{Path(name).name[:19]:>19}" for name in results] + [f"{'difference':>20}"]
     off = "off, dE" if suite == "colors" else "off, RGB"
-    print(f"{suite:32}{'   '.join(heads)}      n{off:>9}" + ("  chance  wrong because" if len(results) == 1 else ""))
+    more = "  chance  wrong because" if len(results) == 1 else ""
+    print(f"{suite:32}{'   '.join(heads)}      n{off:>9}{more}")
     differences = first.get("difference", {})
     for row in first["rows"]:
         line(row, [result["rows"][row] for result in results.values()], differences.get(row))
@@ -354,8 +358,8 @@ def probe(llm: FrozenLLM, graded: list[tuple[str, Prompt, Grade]], seed: int, ca
 def probe_hex(llm: FrozenLLM, seed: int, captions: int = 800) -> dict:
     """Does the LLM know a hex code? The probe fitted on the kind itself, captions with other codes.
 
-    -> {"layer 3": {"right": share within NEAR of the colour, its "interval", "basic term": share, "R2": of
-    L*, a*, b*}}. The penalty is weaker: there is no other language to carry over to.
+    -> {"layer 3": {"right": share within NEAR of the colour, its "interval", "basic term": share,
+    "R2": of L*, a*, b*}}. The penalty is weaker: there is no other language to carry over to.
     """
     rng = np.random.default_rng(seed)
     asked = read_suite("colors", only=["hex, random"])
@@ -389,11 +393,15 @@ def probe_hex(llm: FrozenLLM, seed: int, captions: int = 800) -> dict:
 
 
 def print_probe_hex(name: str, table: dict) -> None:
-    print(f"{name}, fitted on other hex codes: within dE {NEAR:.0f}, 95 %, basic term, R2 of L, a, b")
+    print(
+        f"{name}, fitted on other hex codes: within dE {NEAR:.0f}, 95 %, basic term, R2 of L, a, b"
+    )
     for layer, cells in table.items():
         low, high = cells["interval"]
         R2 = " ".join(f"{value:5.2f}" for value in cells["R2"])
-        print(f"  {layer:10} {cells['right']:.2f}  {low:.2f} to {high:.2f}  {cells['basic term']:.2f}  {R2}")
+        print(
+            f"  {layer:10} {cells['right']:.2f}  {low:.2f} to {high:.2f}  {cells['basic term']:.2f}  {R2}"
+        )
 
 
 def probe_llm(args: argparse.Namespace) -> None:
@@ -441,8 +449,8 @@ def read_emoji_suite(
     half: str = "both",
 ) -> list[tuple[str, str, str]]:
     """(row, prompt, emoji) for each prompt: the English names of the emoji trained on, of some of them in the package's
-    languages (English first, to compare with), or of those never trained on. A name that training has
-    taught all the same, for another emoji ("rabbit") or in English ("pizza"), is in a row apart."""
+    languages (English first, to compare with), or of those never trained on. A name that training
+    has taught all the same, for another emoji ("rabbit") or in English ("pizza"), is in a row apart."""
     from emoji import EMOJI_DATA, LANGUAGES, config
 
     taught = {name.lower() for text in source.trained for name in source.names[text]}
@@ -459,7 +467,9 @@ def read_emoji_suite(
     if name == "recall":
         return [("en", source.names[text][0], text) for text in some(source.trained)[:limit]]
     config.load_language()
-    asked = some(sorted(source.trained, key=lambda text: sha256(text.encode()).digest()))[: limit or ASKED]
+    asked = some(sorted(source.trained, key=lambda text: sha256(text.encode()).digest()))[
+        : limit or ASKED
+    ]
     if unknown := [row for row in only or () if row not in LANGUAGES]:
         raise ValueError(f"--rows {unknown[0]}: the rows of {name} are {', '.join(LANGUAGES)}")
     languages = only or sorted(LANGUAGES, key="en".__ne__)
@@ -468,7 +478,9 @@ def read_emoji_suite(
         for text in asked:
             if language in EMOJI_DATA[text]:
                 prompt = EMOJI_DATA[text][language].strip(":").replace("_", " ")
-                prompts.append((language if language == "en" else row(language, prompt), prompt, text))
+                prompts.append(
+                    (language if language == "en" else row(language, prompt), prompt, text)
+                )
     return prompts
 
 
@@ -540,8 +552,8 @@ def emoji_lines(source: Emoji, prompts: list, pictures: np.ndarray, places: np.n
 def summarize_ranks(
     suite: str, rows: list[str], emoji: list[str], places: dict[str, np.ndarray], candidates: int
 ) -> dict:
-    """rows, emoji: of each prompt; places: measure -> rank of each prompt's emoji. -> every row's scores
-    and those of all, and the ranks: any interval can be had without drawing again. -> JSON."""
+    """rows, emoji: of each prompt; places: measure -> rank of each prompt's emoji. -> every row's
+    scores and those of all, and the ranks, for other intervals later. -> JSON."""
     rows, emoji = np.array(rows), np.array(emoji)
     result = {"rows": {}}
     for row in dict.fromkeys(rows.tolist()):
@@ -554,7 +566,10 @@ def summarize_ranks(
     counted = ~np.isin(rows, list(LEFT_OUT.get(suite, ())))
     if len(set(rows[counted])) > 1:
         shared = emoji[counted], rows[counted]
-        result["mean"] = {measure: rank_scores(some[counted], candidates, *shared) for measure, some in places.items()}
+        result["mean"] = {
+            measure: rank_scores(some[counted], candidates, *shared)
+            for measure, some in places.items()
+        }
     return result
 
 
@@ -656,7 +671,8 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
     if not plan.exists():
         steps = max(1, round(60 * args.minutes * measure_speed(args.race[0], flags)[0] / LEGS)) * LEGS
         make_folder(out)
-        write_json(plan, {"steps": steps, "minutes": args.minutes, "of": args.race[0], "half": args.half})
+        planned = {"steps": steps, "minutes": args.minutes, "of": args.race[0], "half": args.half}
+        write_json(plan, planned)
     planned = json.loads(plan.read_text("utf-8"))
     steps, args.half = planned["steps"], planned.get("half", "both")
     print(f"{out}: {steps} steps each; suites: half {args.half}")
@@ -697,18 +713,25 @@ def stopwatch(module: torch.nn.Module) -> Iterator[list[float]]:
     def note(*_) -> None:
         clock.append(time.perf_counter())
 
-    hooks = [module.register_forward_pre_hook(note), module.register_forward_hook(note, always_call=True)]
+    hooks = [
+        module.register_forward_pre_hook(note),
+        module.register_forward_hook(note, always_call=True),
+    ]
     yield clock
     for hook in hooks:
         hook.remove()
 
 
 def measure_speed(racer: str, flags: list[str]) -> tuple[float, int, float]:
-    """Steps per second of a racer here and now, over one look-ahead of captions; pictures a step; and the
-    share of that time in forward passes of the LLM, a tower's own too, but not in gradients through it."""
-    run = train.prepare(train.parse_args([*flags_of(racer), "--out", tempfile.mkdtemp(), *flags]), {}, {})
+    """Steps per second of a racer here and now, over one look-ahead of captions; pictures a step; and
+    the share of that time in forward passes of the LLM, a tower's own too, not in gradients."""
+    run = train.prepare(
+        train.parse_args([*flags_of(racer), "--out", tempfile.mkdtemp(), *flags]), {}, {}
+    )
     with stopwatch(run.llm.model.base_model) as clock:
-        for captions, pictures in train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, 0):
+        for captions, pictures in train.batches(
+            run.source, run.llm, run.args.batch_size, run.args.draws, 0
+        ):
             if run.step == WARM_UP:
                 started = time.perf_counter()
                 clock.clear()
@@ -720,10 +743,10 @@ def measure_speed(racer: str, flags: list[str]) -> tuple[float, int, float]:
 
 
 def race_table(logs: list[dict], speeds: dict[str, list[float]]) -> dict:
-    """racer -> parameters, images per second, the LLM's share; of each suite the rows and their mean over
-    all seeds, with an interval, the mean of each seed, and the difference to the CONTROL; and the curves,
-    against images, and minutes at that speed. A speed of old has no share of the LLM: then it is the
-    median of the run's legs, which leaves out what a tower runs through the LLM itself."""
+    """racer -> parameters, images per second, the LLM's share; of each suite the rows and their mean
+    over all seeds, with an interval, the mean of each seed, and the difference to the CONTROL; and the
+    curves, against images, and minutes at that speed. A speed of old has no share of the LLM: then it
+    is the median of the run's legs, which leaves out what a tower runs through the LLM itself."""
     table = {}
     for racer in dict.fromkeys(log["racer"] for log in logs):
         mine = [log for log in logs if log["racer"] == racer]
@@ -734,7 +757,9 @@ def race_table(logs: list[dict], speeds: dict[str, list[float]]) -> dict:
             control = {} if racer == CONTROL else runs_of(CONTROL, suite, logs)
             rows = {}
             for row in mine[0]["suites"][suite]["rows"]:
-                rows[row] = mean_of_rows({log["seed"]: {row: log["suites"][suite]["rows"][row]} for log in mine})
+                rows[row] = mean_of_rows(
+                    {log["seed"]: {row: log["suites"][suite]["rows"][row]} for log in mine}
+                )
             suites[suite] = mean_of_rows(runs, drawn) | {
                 "seeds": [log["suites"][suite]["mean"]["score"] for log in mine],
                 "minus control": difference(runs, control, drawn),
@@ -750,7 +775,10 @@ def race_table(logs: list[dict], speeds: dict[str, list[float]]) -> dict:
             "llm_share": share[0] if share else median(point["llm_share"] for point in legs),
             "seeds": [log["seed"] for log in mine],
             "suites": suites,
-            "curves": [[point | {"minutes": point["images"] / rate / 60} for point in log["curve"]] for log in mine],
+            "curves": [
+                [point | {"minutes": point["images"] / rate / 60} for point in log["curve"]]
+                for log in mine
+            ],
         }
     return table
 
@@ -761,15 +789,23 @@ def runs_of(racer: str, suite: str, logs: list[dict]) -> dict[int, dict[str, dic
     for log in logs:
         if log["racer"] == racer:
             rows = log["suites"][suite]["rows"]
-            runs[log["seed"]] = {row: rows[row] for row in rows if row not in LEFT_OUT.get(suite, ())}
+            runs[log["seed"]] = {
+                row: rows[row] for row in rows if row not in LEFT_OUT.get(suite, ())
+            }
     return runs
 
 
 def print_race(table: dict) -> None:
     suites = list(next(iter(table.values()))["suites"])
-    print(f"{'':22}{'parameters':>11}{'images/s':>10}{'LLM':>6}  " + "".join(f"{suite:>20}" for suite in suites))
+    print(
+        f"{'':22}{'parameters':>11}{'images/s':>10}{'LLM':>6}  "
+        + "".join(f"{suite:>20}" for suite in suites)
+    )
     for racer, line in table.items():
-        cells = (f"{s['score']:5.2f} {s['interval'][0]:.2f} to {s['interval'][1]:.2f}" for s in line["suites"].values())
+        cells = (
+            f"{s['score']:5.2f} {s['interval'][0]:.2f} to {s['interval'][1]:.2f}"
+            for s in line["suites"].values()
+        )
         print(f"{racer:22}{line['parameters']:>11,}{line['images/s']:10.0f}{line['llm_share']:6.0%}  "
               + "".join(f"{cell:>20}" for cell in cells))  # fmt: skip
         paired = [s["minus control"] for s in line["suites"].values()]
@@ -928,7 +964,8 @@ def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert,
             for row, share in chance(prompts, pictures).items():
                 results[name][suite]["rows"][row]["chance"] = share
         if len(runs) > 1:
-            results[args.ckpt][suite]["difference"] = compare(suite, prompts, drawn[0][2], drawn[1][2])
+            both = [grades for _, _, grades in drawn]
+            results[args.ckpt][suite]["difference"] = compare(suite, prompts, *both)
         graded += [(suite, prompt, g) for prompt, g in zip(prompts, drawn[0][2])]
         print_suite(suite, {name: result[suite] for name, result in results.items()})
         write_whole(args.out / f"evaluate-{suite}.png", sheet(prompts, drawn).save)
@@ -939,7 +976,8 @@ def evaluate_shapes(args: argparse.Namespace, runs: list[tuple[str, ImageExpert,
         results[name]["probe"] = probe(llm, graded, args.seed, min(2000, 200 * (args.limit or 10)))
         print_probe(results[name]["probe"])
         if "colors" in args.suite:
-            results[name]["probe-hex"] = probe_hex(llm, args.seed, min(800, 80 * (args.limit or 10)))
+            captions = min(800, 80 * (args.limit or 10))
+            results[name]["probe-hex"] = probe_hex(llm, args.seed, captions)
             print_probe_hex(name, results[name]["probe-hex"])
     return results
 
@@ -954,12 +992,13 @@ def main(argv: list[str] | None = None) -> None:
     make_folder(args.out)
     data = runs[0][1].made_for["data"]
     results = (evaluate_shapes if data == "shapes" else evaluate_emoji)(args, runs)
-    settings = {key: vars(args)[key] for key in ("half", "n", "limit", "steps", "guidance", "seed", "think", "rewrite")}
+    names = ("half", "n", "limit", "steps", "guidance", "seed", "think", "rewrite")
+    settings = {key: vars(args)[key] for key in names}
     for (name, expert, _), file in zip(runs, ("evaluate.json", "versus.json")):
         scores = {key: value | {"settings": settings} if key in args.suite else value for key, value in results[name].items()}
         save_results(args.out / file, {"run": name, "made_for": expert.made_for} | scores)
     where = args.out / "evaluate.json"
-    print(f"{where}, and a picture of each suite beside it: green frames are right, red are wrong; half: {args.half}")
+    print(f"half {args.half}: {where}, and a picture of each suite beside it: green is right, red wrong")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------
-# tallies, as evaluate.py writes them: seed -> row -> {"n", "score", "right": "0110", "scenes": "id id"}
+# tallies, as evaluate.py writes them: seed -> row -> {"n", "score", "right": "01", "scenes": "a b"}
 
 Tallies = dict[int, dict[str, dict]]
 

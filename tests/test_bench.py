@@ -23,7 +23,7 @@ def test_every_section_runs(llm_folder, tmp_path, monkeypatch, capsys):
     assert {row["way"] for row in results["attention"]} == {"definition", "sdpa"}
     assert all(row["sdpa / this"] == 1 for row in results["attention"] if row["way"] == "sdpa")
     ways = [row["way"] for row in results["train"]]
-    assert ways[1:] == ["joint forward, SDPA", "LLM over the distinct captions of each step", "caption cache"]
+    assert ways[1:] == ["joint forward, fast attention", "LLM over the distinct captions of each step", "caption cache"]
     assert "of the time in matrix products and attention" in capsys.readouterr().out
     mirror = ["train", "--mirror", "--batch-size=4", "--image-size=16", "--out", str(tmp_path / "mirror.json")]
     monkeypatch.setattr("sys.argv", ["bench.py", *flags, *mirror])
@@ -50,16 +50,17 @@ def test_a_context_without_the_cache_is_the_same(tiny_llm):
             assert (ours[i, :, :n] - theirs[i, :, :n]).abs().max() < 1e-5
 
 
-def test_the_rival_in_sdpa_computes_what_the_definition_says(tiny_llm):
+def test_the_fast_rival_computes_what_the_definition_says(tiny_llm):
     llm = tiny_llm("gemma3")
     expert = random_expert(llm)
     captions = ["a red circle", "three small teal stars", "a red circle"]
     x_t, t = torch.randn(3, 3, 16, 16), torch.tensor([0.1, 0.5, 0.9])
-    with torch.no_grad():
-        definition = bench.joint_forward(llm, expert, x_t, t, captions)
-        sdpa = bench.joint_forward(llm, expert, x_t, t, captions, bench.joint_sdpa)
-    error = (definition - sdpa).abs().max().item()
-    assert error < 1e-5 and definition.std() > 0.01, error
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            definition = bench.joint_forward(llm, expert, x_t, t, captions)
+            fast = bench.joint_forward(llm, expert, x_t, t, captions, bench.joint_fast)
+        error = (definition - fast).abs().max().item()
+        assert error < 1e-5 and definition.std() > 0.01, error
 
 
 def test_unknown_sections_are_refused(monkeypatch):

@@ -141,6 +141,36 @@ def test_by_chance_a_picture_is_wrong():
     assert evaluate.chance(blind, circle)["single object"] == np.mean(shares), "one picture for all is right by chance alone"
 
 
+def test_readmes_intervals_are_those_of_the_committed_results():
+    """Runs from before verdicts were kept: over languages and seeds."""
+    results = ROOT / "assets" / "results"
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+
+    def shown(entry: dict) -> str:
+        low, high = entry["interval"]
+        return f"{entry['score']:.2f} ({low:.2f} to {high:.2f})"
+
+    logs = [json.loads(path.read_text("utf-8")) for path in sorted(results.glob("race/*/race.json"))]
+    for log in logs:
+        log["suites"] = {"languages": log["suites"]["languages"]}
+    speeds = json.loads((results / "race" / "race.json").read_text("utf-8"))["speeds"]
+    for racer, entry in evaluate.race_table(logs, speeds).items():
+        languages = entry["suites"]["languages"]
+        name = racer.split(":")[0]
+        cells = [shown(languages)]
+        if racer != evaluate.CONTROL:
+            cells.append(shown(languages["minus control"]))
+        rows = [line for line in lines if line.startswith(f"| `{name}` |")]
+        assert any(all(cell in row for cell in cells) for row in rows), f"{name}: {cells}"
+    means = []
+    for name in ("pretrained", "random"):
+        rows = json.loads((results / f"{name}.json").read_text("utf-8"))["languages"]["rows"]
+        means.append({0: {row: rows[row] for row in rows if row != "English"}})
+    cells = " | ".join(shown(mean_of_rows(rows, True)) for rows in means)
+    assert f"| `languages`, mean of 21 | {cells} | 840 |" in lines
+    assert shown(difference(*means, True)) in "\n".join(lines)
+
+
 def test_ridge_finds_a_linear_map():
     generator = torch.Generator().manual_seed(0)
     X, W = torch.randn(200, 40, generator=generator), torch.randn(40, 3, generator=generator)

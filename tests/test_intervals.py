@@ -3,14 +3,26 @@
 import numpy as np
 import pytest
 
-from intervals import RESAMPLES, Sample, difference_interval, draw_anew, score_interval, weighted_median, wilson
+from intervals import (
+    RESAMPLES,
+    Sample,
+    difference_interval,
+    draw_anew,
+    score_interval,
+    weighted_median,
+    wilson,
+)
 
 
 def simulated(rng: np.random.Generator, scenes=16, languages=10, seeds=4, better=0.0) -> Sample:
     """Verdicts of pictures whose chance is the sum of a scene's, a language's and a seed's part, on the logistic scale.
     better: how much another run is, on the same scale; then the values are paired differences."""
     scene, language, seed = np.indices((scenes, languages, seeds)).reshape(3, -1)
-    ease = rng.normal(0, 1, scenes)[scene] + rng.normal(0, 1, languages)[language] + rng.normal(0, 0.3, seeds)[seed]
+    ease = (
+        rng.normal(0, 1, scenes)[scene]
+        + rng.normal(0, 1, languages)[language]
+        + rng.normal(0, 0.3, seeds)[seed]
+    )
     luck = rng.random(ease.shape)
     right = (luck < 1 / (1 + np.exp(1.5 - ease))).astype(float)
     if better:
@@ -46,8 +58,12 @@ def test_independent_pictures_have_wilsons_interval():
     sample = Sample(np.arange(80) % 2.0, one, np.arange(80), one)
     assert score_interval(sample) == wilson(40, 80)
     both = Sample(np.tile(sample.values, 2), np.repeat([0, 1], 80), np.arange(160), np.zeros(160))
-    assert score_interval(both) == pytest.approx(wilson(80, 160), abs=0.01), "two rows of equal size"
-    copies = Sample(np.repeat(sample.values, 10), np.zeros(800), np.repeat(np.arange(80), 10), np.zeros(800))
+    assert score_interval(both) == pytest.approx(wilson(80, 160), abs=0.01), (
+        "two rows of equal size"
+    )
+    copies = Sample(
+        np.repeat(sample.values, 10), np.zeros(800), np.repeat(np.arange(80), 10), np.zeros(800)
+    )
     assert score_interval(copies) == pytest.approx(wilson(40, 80), abs=0.01), "copies add nothing"
 
 
