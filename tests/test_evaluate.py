@@ -17,7 +17,7 @@ from conftest import CPU
 from data import TEST_PROMPTS, Emoji, Shapes, Thing, draw_things, lay_out
 from evaluate import SUITES, Grade, grade, is_in, read_suite, ridge, tally
 from intervals import difference, mean_of_rows, wilson
-from judge import learned_features, pixel_features, ranks
+from judge import lab, learned_features, pixel_features, ranks
 from model import fingerprint, load_llm
 
 ROOT = Path(__file__).parent.parent
@@ -169,6 +169,22 @@ def test_readmes_intervals_are_those_of_the_committed_results():
     cells = " | ".join(shown(mean_of_rows(rows, True)) for rows in means)
     assert f"| `languages`, mean of 21 | {cells} | 840 |" in lines
     assert shown(difference(*means, True)) in "\n".join(lines)
+
+
+def test_the_hex_probe_finds_what_is_there_and_nothing_else(tiny_llm, monkeypatch):
+    """A tiny random LLM knows no colour; an LLM whose values were the code's own colour would."""
+    llm = tiny_llm("qwen2")
+    llm.keep(range(len(llm.layers)))
+    blind = evaluate.probe_hex(llm, 0, 200)
+    assert set(blind) == {"layer 0", "layer 1", "layer 2"}
+    assert all(cells["interval"][0] < 0.05 and max(cells["R2"]) < 0.5 for cells in blind.values())
+
+    def sees(llm, captions: list[str]) -> list[torch.Tensor]:
+        codes = [bytes.fromhex(caption.split("#")[1]) for caption in captions]
+        return [torch.tensor(lab([list(code) for code in codes]), dtype=torch.float32)] * len(llm.kept)
+
+    monkeypatch.setattr(evaluate, "hear", sees)
+    assert all(min(cells["R2"]) > 0.9 for cells in evaluate.probe_hex(llm, 0, 800).values())
 
 
 def test_ridge_finds_a_linear_map():
@@ -347,6 +363,18 @@ def test_emoji_suites(llm_folder, tmp_path):
     assert scores["top 1"]["score"] == 0.3 and scores["top 5"]["score"] == 0.6 and scores["median rank"]["score"] == 4
     low, high = scores["top 1"]["interval"]
     assert 0.2 < low < 0.25 and 0.35 < high < 0.4, "a bootstrap of 100 prompts: about 1.96 sqrt(0.3 0.7 / 100) each way"
+
+
+def test_the_llms_time_is_counted_whoever_runs_it(tiny_run):
+    """The captions' pass, which stops early, and metaqueries' own."""
+    run = train.prepare(train.parse_args([*tiny_run, "--bridge", "metaqueries", "--queries", "4"]), {}, {})
+    with evaluate.stopwatch(run.llm.model.base_model) as clock:
+        run.llm.lookup(["a red circle"])
+        assert len(clock) == 2
+        train.train_step(run, run.expert, ["a red circle"], np.zeros((1, 16, 16, 3), np.uint8))
+        assert len(clock) == 4 and sorted(clock) == clock
+    run.llm.lookup(["a blue square"])
+    assert len(clock) == 4
 
 
 def test_the_race_goes_on_where_it_stopped(llm_folder, tmp_path, monkeypatch, capsys):
