@@ -362,7 +362,7 @@ def probe_hex(llm: FrozenLLM, seed: int, captions: int = 800) -> dict:
     "R2": of L*, a*, b*}}. The penalty is weaker: there is no other language to carry over to.
     """
     rng = np.random.default_rng(seed)
-    asked = read_suite("colors", only=["hex, random"])
+    asked = read_suite("colors", captions // 8, ["hex, random"])
     taken = {prompt.rgb for prompt in asked}
     texts, colors = [], []
     while len(texts) < captions:

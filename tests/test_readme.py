@@ -30,6 +30,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "train.py --bridge": "--steps 1 --batch-size 4",
     "sample.py": "--steps 2",
     "evaluate.py": "--steps 1 --limit 1",
+    "evaluate.py --probe-llm": "--probe-llm Qwen/Qwen2.5-0.5B --limit 1",
     "evaluate.py --race": "--race lap --seeds 0 --minutes 0.001 --suite geneval --steps 1 --limit 1 --batch-size 8 --width 64",
     "bench.py": "attention --seconds 0.001",
 }
@@ -94,7 +95,7 @@ def test_the_readme_has_the_commands_that_were_asked_for():
 def test_command(command, workplace, terminal):
     """In the order of the README: a later command may use what an earlier one has made."""
     words = shlex.split(command)
-    kind = next((flag for flag in ("--resume", "--expert", "--bridge", "--race") if flag in words), "")
+    kind = next((flag for flag in ("--resume", "--expert", "--bridge", "--race", "--probe-llm") if flag in words), "")
     short = SHORT.get(f"{words[1]} {kind}".strip(), "")
     status, out, err = terminal([*words[1:], *short.split()])
     assert status == 0, f"{command}\n{out}\n{err}"
