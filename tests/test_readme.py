@@ -1,4 +1,5 @@
-"""Every command of the README runs: with the real LLM where it names none, with fewer steps and a smaller expert."""
+"""Every command of the README runs: with the real LLM where it names none (the race, often loaded, with a tiny one), with fewer
+steps and a smaller expert."""
 
 import io
 import multiprocessing
@@ -31,7 +32,8 @@ SHORT = {  # flags that make a command short; given last, they win
     "sample.py": "--steps 2",
     "evaluate.py": "--steps 1 --limit 1",
     "evaluate.py --probe-llm": "--probe-llm Qwen/Qwen2.5-0.5B --limit 1",
-    "evaluate.py --race": "--race lap --seeds 0 --minutes 0.001 --suite geneval --steps 1 --limit 1 --batch-size 8 --width 64",
+    "evaluate.py --race": "--llm Qwen/Qwen2.5-0.5B --race kv --seeds 0 --minutes 0.001 --suite geneval --steps 1 --limit 1 "
+    "--batch-size 8 --width 64",
     "bench.py": "attention --seconds 0.001",
 }
 
