@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ def start() -> None:
         signal.signal(signal.SIGINT, _stop_now)
     sys.excepthook = lambda kind, error, trace: sys.exit(report(error))
     threading.excepthook = lambda thread: report(thread.exc_value)
+    warnings.formatwarning = lambda message, *where: f"{program()}: {flat(str(message))}\n"
 
 
 def one_line_errors(main: Callable[[], None]) -> None:
@@ -48,7 +50,8 @@ def one_line_errors(main: Callable[[], None]) -> None:
         try:
             main()
         finally:  # --help too: here a broken pipe can still be told
-            sys.stdout.flush()
+            if sys.stdout:  # a command that is started without one has none
+                sys.stdout.flush()
     except SystemExit:
         raise
     except BaseException as error:  # not Exception alone: a panic in a library's Rust code is none
@@ -147,6 +150,20 @@ def _close_stdout() -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        """An empty value (of an unset variable, --out "$RUN") is refused where it is no text for an
+        LLM; and ~/ is the home folder also where the shell leaves it, as in --out=~/run."""
+        namespace, more = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(namespace, action.dest, None)
+            if action.type is not None or not isinstance(value, str):
+                continue
+            if not value.strip():
+                self.error(f"argument {action.option_strings[0]}: expected a value, not {value!r}")
+            if value.startswith("~"):
+                setattr(namespace, action.dest, os.path.expanduser(value))
+        return namespace, more
+
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {flat(message)} (--help lists the flags)\n")
 
@@ -259,7 +276,8 @@ def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
         mode = beside.stat().st_mode  # as all files of this user: safetensors makes its own private
         beside.unlink()
         write(beside)
-        for file in list(beside.iterdir()) if beside.is_dir() else [beside]:
+        files = list(beside.iterdir()) if beside.is_dir() else [beside]
+        for file in sorted(files, key=lambda file: file.name != path.name):  # `path` itself first
             file.chmod(mode)
             os.replace(file, path if file == beside else path.with_name(file.name))
     except Exception as error:

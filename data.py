@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageFont, PngImagePlugin
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the vocabulary of the shapes
@@ -61,7 +61,9 @@ def _hashed_tenth(items: set) -> set:
 # Never a training caption, word for word: the prompts that evaluate.py asks for.
 PROMPTS = Path(__file__).parent / "assets" / "prompts"
 TEST_PROMPTS = frozenset(
-    json.loads(line)["prompt"].lower() for path in sorted(PROMPTS.glob("*.jsonl")) for line in path.open(encoding="utf-8")
+    json.loads(line)["prompt"].lower()
+    for path in sorted(PROMPTS.glob("*.jsonl"))
+    for line in path.read_text("utf-8").strip().split("\n")
 )
 
 # Never in a training caption either: a tenth of the pairs (names of one and the same RGB fall together) and of the triples.
@@ -413,6 +415,8 @@ def read_text(path: Path) -> str:
         line = error.object.count(b"\n", 0, error.start) + 1
         what = f"byte {error.object[error.start]:#04x} is not {error.encoding}"
         raise ValueError(f"{path}, line {line}: {what}; save the file as UTF-8") from None
+    if not is_utf16 and 4 * raw.count(b"\0") > len(raw):  # a NUL beside each letter
+        raise ValueError(f"{path} is UTF-16 without a byte-order mark; save the file as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -452,17 +456,24 @@ def text_in(record: dict, key: str, where: str) -> str | None:
 def files_in(root: Path, suffixes: set[str], below: bool = True) -> list[Path]:
     """The files with one of these suffixes in a folder and, if so wanted, in those below it.
 
-    Suffixes count in capitals too. Hidden files do not: Mac's "._a.png" is no picture.
+    Suffixes count in capitals too. Hidden files do not: Mac's "._a.png" is no picture. Links to
+    folders are followed, each folder once: they may lead in circles.
     """
-    paths = []
-    for folder, inner, names in os.walk(root):
-        inner[:] = [name for name in inner if below and not name.startswith(".")]
+    paths, seen = [], set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            inner.clear()
+            continue
+        seen.add(place)
+        inner[:] = sorted(name for name in inner if below and not name.startswith("."))
         for name in names:
             if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("."):
                 paths.append(Path(folder, name))
     return sorted(paths)
 
 
+PngImagePlugin.MAX_TEXT_CHUNK = 2**25  # Pillow's 1 MB is less than some editors write about a PNG
 DRAFT = 4  # a JPEG is decoded at no less than this many times the side that is asked for
 
 
@@ -545,8 +556,9 @@ class Folder:
 
     def __init__(self, root: str | Path, image_size: int, seed: int = 0):
         self.root, self.image_size, self.seed = Path(root), image_size, seed
-        metadata = self.root / "metadata.jsonl"
-        named = self._read_metadata(metadata) if metadata.is_file() else self._read_sidecars()
+        self.metadata = self.root / "metadata.jsonl"
+        listed = self.metadata.is_file()
+        named = self._read_metadata(self.metadata) if listed else self._read_sidecars()
         there = [(path, caption) for path, caption in named if os.path.isfile(path)]
         self.pairs = [(path, caption) for path, caption in there if caption]
         self.captioned = {path for path, _ in self.pairs}
@@ -559,9 +571,10 @@ class Folder:
         self.picture = lru_cache(maxsize=int(CACHE_BYTES / (3 * image_size**2)))(self._picture)
         if not self.pairs:
             kinds = ", ".join(sorted(PICTURE_SUFFIXES))
+            deeper = "".join(f"; did you mean {path.parent}?" for path in self.root.glob("*/metadata.jsonl"))
             raise ValueError(
                 f"{root} holds no captioned picture ({self.about()}); expected metadata.jsonl with "
-                f"file_name and text, or a .txt beside each picture ({kinds})"
+                f"file_name and text, or a .txt beside each picture ({kinds}){deeper}"
             )
 
     def about(self) -> str:
@@ -569,7 +582,8 @@ class Folder:
         if self.uncaptioned:
             said += f"; {self.uncaptioned} left out without a caption"
         if self.missing:
-            said += f"; {self.missing} that metadata.jsonl names are not there"
+            named = "that metadata.jsonl names" if self.metadata.is_file() else "links to pictures"
+            said += f"; {self.missing} {named} are not there"
         return said
 
     def fingerprint(self) -> str:
@@ -588,6 +602,7 @@ class Folder:
             caption = text_in(record, "text", where) or ""
             if not name:
                 raise ValueError(f"{where}: no file_name; expected a picture's name, and its text")
+            name = name.replace("\\", "/")  # as Windows writes it
             named.append((self.root / name, caption.strip()))
         return named
 

@@ -936,9 +936,17 @@ def open_runs(args: argparse.Namespace) -> list[tuple[str, ImageExpert, FrozenLL
     return runs
 
 
+def read_results(path: Path) -> dict:
+    """Those of other suites that are there, or none. ValueError if it is something else."""
+    try:
+        return {} | json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except (TypeError, ValueError):
+        raise ValueError(f"{path} is cut, or no evaluation; move it away, or give another --out") from None
+
+
 def save_results(path: Path, results: dict) -> None:
     """Put them beside those of other suites that are there, all at once."""
-    write_json(path, (json.loads(path.read_text("utf-8")) if path.exists() else {}) | results)
+    write_json(path, read_results(path) | results)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -990,6 +998,8 @@ def main(argv: list[str] | None = None) -> None:
         return probe_llm(args)
     runs = open_runs(args)
     make_folder(args.out)
+    for file in ("evaluate.json", "versus.json"):
+        read_results(args.out / file)  # refused before the work
     data = runs[0][1].made_for["data"]
     results = (evaluate_shapes if data == "shapes" else evaluate_emoji)(args, runs)
     names = ("half", "n", "limit", "steps", "guidance", "seed", "think", "rewrite")

@@ -8,10 +8,13 @@ tokens are run through it, and then run again at other positions.
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from attention import Rotary
@@ -323,12 +326,38 @@ def check_same_llm(was: dict, now: dict) -> None:
 # is it all there: the library makes up what it does not find, and its warnings are off
 
 
-def check_weights(model: nn.Module, missing: set[str]) -> bool:
-    """Whether the model came with a language-model head. ValueError if other weights were missing.
+def broken_file(folder: Path) -> str:
+    """Which file of a local model is why it does not load, and what to do; "" if none is found."""
+    for path in sorted(folder.glob("*.*")) if folder.is_dir() else []:
+        try:
+            with path.open("rb") as file:
+                if file.read(20) == b"version https://git-":
+                    return f"{path.name} is a git-lfs pointer and not the file: run git lfs pull there; "
+            if path.suffix == ".json":
+                json.loads(path.read_text("utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+        except (OSError, ValueError, SafetensorError):
+            return f"{path.name} is cut or damaged: fetch it again; "
+    if folder.is_dir() and not (folder / "config.json").exists():
+        return "it has no config.json; expected a whole model, an adapter merged into its own; "
+    return ""
+
+
+def check_weights(model: nn.Module, found: dict) -> bool:
+    """Whether the model came with a language-model head. ValueError if other weights were missing,
+    or of another shape. found: what the library says of them (its output_loading_info).
 
     A model that was saved without its head (embedding LLMs are) has keys and values all the same:
     the head that the library has made up is set to zero, so that it is no other one at each load.
     """
+    for name, shape, expected in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"its weight {name} has the shape {tuple(shape)}, and its config.json means "
+            f"{tuple(expected)}; expected the two of one model"
+        )
+    missing = set(found["missing_keys"])
     head = model.get_output_embeddings()
     made_up = set()
     if head is not None:
@@ -341,6 +370,10 @@ def check_weights(model: nn.Module, missing: set[str]) -> bool:
         raise ValueError(
             f"{len(lost)} of its weights are missing, {lost[0]} first; expected a whole model"
         )
+    unused = sorted(found["unexpected_keys"])
+    if unused:
+        said = f"{len(unused)} weights in the LLM's files are not used, {unused[0]} first"
+        warnings.warn(said, stacklevel=2)
     if made_up:
         with torch.no_grad():
             for weight in head.parameters():

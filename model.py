@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download, model_info, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -51,6 +52,7 @@ from transformers.utils import find_adapter_config_file
 
 from attention import joint_attention
 from loading import (
+    broken_file,
     check_tokenizer,
     check_weights,
     fingerprint,  # noqa: F401
@@ -577,6 +579,8 @@ def ask_hub(name: str) -> str | None:
         if status in (401, 403, 404):
             return f"the Hub answers {status} (no such model, or it is gated: accept its terms and run `hf auth login`)"
         return f"it is not in the local cache, and the Hub cannot be reached ({type(error).__name__})"
+    except HFValidationError:
+        return "no such file or folder, and no name that a model on the Hub can have"
 
 
 def load_llm(
@@ -592,44 +596,50 @@ def load_llm(
     transformers.logging.disable_progress_bar()
 
     def cannot(error: Exception) -> ValueError:
-        return ValueError(f"--llm {name} does not load: {' '.join(str(error).split())[:300]}")
+        said = " ".join(str(error).split())[:300]
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        return ValueError(f"--llm {name} does not load: {broken_file(Path(name))}{kind}{said}")
 
     try:
         where = BUILT_IN[name]() if name in BUILT_IN else name
-        if name.endswith(".gguf"):
+        if Path(name).suffix.lower() == ".gguf":
             where = convert_gguf(Path(name), file_sha256(Path(name)))
     except Exception as error:  # a broken file makes its reader raise anything
         raise cannot(error) from None
 
     def load(local_files_only: bool):
         options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only, "revision": revision}
+        elif Path(name).is_file():
+            raise ValueError("it is a file; expected the model's folder, or a .gguf file")
         try:
             config = type(AutoConfig.from_pretrained(where, **options))
             kind = AutoModelForImageTextToText if config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
             kind = AutoModelForTextEncoding if encoders and config in MODEL_FOR_TEXT_ENCODING_MAPPING else kind
-            model, found = kind.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
+            model, found = kind.from_pretrained(
+                where, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )  # mismatched ones are named below
             adapter = find_adapter_config_file(where, revision=revision, local_files_only=local_files_only)
             if adapter and not getattr(model, "_hf_peft_config_loaded", False):
                 raise ValueError("an adapter (adapter_config.json) lies beside the model and would be left out; merge it into "
                                  "the weights first, or install peft")  # fmt: skip
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
-            return kind, model, tokenizer, set(found["missing_keys"])
+            return kind, model, tokenizer, found
         except (OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a broken file makes its reader raise anything
             raise cannot(error) from None
 
     try:
-        kind, model, tokenizer, missing = load(local_files_only=True)  # no network at all where nothing has to be fetched
+        kind, model, tokenizer, found = load(local_files_only=True)  # no network at all where nothing has to be fetched
     except OSError as error:
         if Path(where).is_dir():
             raise cannot(error) from None
         if why := ask_hub(name):
             ways = f"a local folder, a .gguf file, or {', '.join(BUILT_IN)}"
             raise ValueError(f"--llm {name}: {why}; other ways: {ways}") from None
-        kind, model, tokenizer, missing = load(local_files_only=False)
+        kind, model, tokenizer, found = load(local_files_only=False)
     try:
-        writes = check_weights(model, missing)
+        writes = check_weights(model, found)
         check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
     except ValueError as error:
         raise cannot(error) from None
@@ -815,8 +825,9 @@ class Tower(nn.Module, PyTorchModelHubMixin):
         try:
             expert = Tower.kinds[metadata.get("tower", "ImageExpert")](**json.loads(metadata["config"]))
             expert.load_state_dict(weights)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is not an image expert of this project: {' '.join(str(error).split())[:200]}") from None
+        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(f"{path} is not an image expert of this project ({why})") from None
         return expert.eval()
 
 
@@ -887,7 +898,7 @@ class ImageExpert(Tower):
         for block, m, txt_k, txt_v in zip(self.blocks, modulations, context.keys, context.values):
             img_q, img_k, img_v = block.project(img, m)
             txt_k = block.scale_keys(txt_k)
-            attended = joint_attention(img_q, img_k, img_v, txt_k, txt_v, context.lengths)  # (B, H, N, Dv)
+            attended = joint_attention(img_q, img_k, img_v, txt_k, txt_v, mask)  # (B, H, N, Dv)
             img = block.finish(img, attended, m)
         return self.end(img, last, x_t, t)
 
@@ -899,7 +910,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path} does not read as safetensors (missing, truncated, or another kind of file): {error}"
+            f"{path} does not read as safetensors (missing, truncated, a git-lfs pointer, or another kind of file): {error}"
         ) from None
 
 
@@ -957,7 +968,7 @@ def text_layers(llm: FrozenLLM, depth: int, part: str = "all") -> list[dict]:
     if part not in PARTS:
         try:  # a number, or a share of the depth
             ends = [[int(float(x) * available) if "." in x else int(x) for x in piece.split("-")] for piece in part.split(",")]
-            numbers = [number for first, *last in ends for number in range(first, (last or [first])[-1] + 1)]
+            numbers = [n for first, *last in ends for n in range(first, min((last or [first])[-1], available) + 1)]
         except ValueError:
             numbers = []
         if not numbers or max(numbers) >= available or sorted(set(numbers)) != numbers or len(numbers) > depth:

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
 from PIL import Image, ImageDraw, ImageFont
 
 import bridges  # noqa: F401 - its towers can be loaded too
@@ -212,12 +213,12 @@ def load_expert(ckpt: str, device: torch.device) -> Tower:
     """A run's folder or a Hub id -> the expert. ValueError, in one line, if that cannot be."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it misses a config.json that stands in the weights' file
     if (Path(ckpt) / "model.safetensors").is_file():
-        return Tower.from_pretrained(ckpt).to(device)
+        return Tower._from_pretrained(model_id=ckpt).to(device)  # from_pretrained would read the config.json beside it too
     if Path(ckpt).exists() or len(Path(ckpt).parts) != 2:
-        raise ValueError(f"--ckpt {ckpt}: no model.safetensors there; expected the folder of a run, or a Hub id")
+        raise ValueError(f"--ckpt {ckpt}: expected the folder of a run, with model.safetensors in it, or a Hub id")
     try:
         return Tower.from_pretrained(ckpt, local_files_only=True).to(device)
-    except OSError:
+    except (OSError, HFValidationError):
         if why := ask_hub(ckpt):
             raise ValueError(f"--ckpt {ckpt}: no such folder, and as a Hub id: {why}") from None
     return Tower.from_pretrained(ckpt).to(device)
@@ -252,6 +253,8 @@ def add_thinking(parser: argparse.ArgumentParser) -> None:
 def thinking_of(llm: FrozenLLM, args: argparse.Namespace) -> list | None:
     """What --think, --rewrite and --frame say, as the arguments of FrozenLLM.think; None if they say nothing."""
     if not (args.think or args.rewrite):
+        if args.frame:
+            raise ValueError(f"--frame {args.frame} is for --think or --rewrite: add one of them, or leave it out")
         return None
     path = Path(args.frame or FRAMES / ("rewrite.txt" if args.rewrite else "think.txt"))
     try:
@@ -270,6 +273,9 @@ def open_picture(path: str) -> Image.Image:
         raise ValueError(f"--image {error}; expected a whole PNG, JPEG, or other picture") from None
 
 
+FILE_NAME = re.compile(r'[^\0-\x1f/\\:*?"<>|\ud800-\udfff]{1,60}')  # as every system allows it, at most 240 bytes
+
+
 def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
     """Name, text and record of each prompt: a file with a prompt a line (blank lines are none); .jsonl or .json with objects
     that have "prompt" (GenEval, WISE); a folder of .txt files with a prompt each (DPG-Bench).
@@ -277,6 +283,8 @@ def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
     ValueError if it is none of these, or holds no prompt.
     """
     prompts = []
+    if path.suffix.lower() in (".csv", ".tsv"):
+        raise ValueError(f"--prompts {path} is a table; expected a prompt a line, JSON objects, or a folder of .txt")
     if path.is_dir():
         for file in files_in(path, {".txt"}, below=False):
             text = read_text(file).strip()
@@ -293,7 +301,7 @@ def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
             name = lower.get("prompt_id", f"{len(prompts):05d}")
             if prompt is None:
                 raise ValueError(f'{where}: {json.dumps(record)[:60]}; expected JSON objects that have a "prompt"')
-            if not isinstance(name, int | str) or Path(str(name)).name != str(name):
+            if isinstance(name, bool) or not isinstance(name, int | str) or not FILE_NAME.fullmatch(str(name)):
                 raise ValueError(f"{where}: prompt_id is {json.dumps(name)[:60]}; expected what a file can be named after")
             prompts.append((str(name), prompt, record))
     if not prompts:
@@ -314,9 +322,9 @@ def check_layout(layout: str, prompts: list[tuple[str, str, dict]], n: int) -> N
     for name, _, record in prompts:
         if layout == "geneval" and "prompt" not in record:
             raise ValueError("--layout geneval needs GenEval's evaluation_metadata.jsonl as --prompts")
-        if name in seen:
+        if name.lower() in seen:  # on Windows and on Macs A.png is a.png
             raise ValueError(f"prompt_id {name!r} stands there twice: one picture would overwrite the other")
-        seen.add(name)
+        seen.add(name.lower())
 
 
 def save_layout(layout: str, out: Path, prompts: list[tuple[str, str, dict]], pictures: np.ndarray) -> None:

@@ -137,6 +137,12 @@ def test_nobody_reads_the_output(capsys, monkeypatch):
     assert stop.value.code == 141 and len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_there_is_no_output(monkeypatch):
+    """So is a command that a Windows shortcut starts, or a daemon."""
+    monkeypatch.setattr(sys, "stdout", None)
+    cli.one_line_errors(lambda: None)
+
+
 def test_nobody_reads_the_help():
     """The real process: else Python says so at its very end, in two lines of its own."""
     read_end, write_end = os.pipe()
@@ -188,6 +194,32 @@ def test_every_numeric_flag_is_checked():
     """float("nan") is a float: a flag of type float or int takes what no computation can."""
     for path in ROOT.glob("*.py"):
         assert not re.search(r"type=(float|int)\b", path.read_text("utf-8")), path.name
+
+
+@pytest.mark.parametrize("command", [train.main, sample.main, evaluate.main])
+def test_an_unset_variable_is_no_value(command, capsys):
+    """--out "$RUN": not the working directory, not the newest run."""
+    for flag in ("--out", "--data" if command == train.main else "--ckpt"):
+        assert f"argument {flag}: expected a value, not ''" in refusal(capsys, command, flag, "")
+
+
+def test_home_where_the_shell_leaves_it(monkeypatch):
+    """A shell does not expand --out=~/run."""
+    home = str(Path("somewhere").absolute())
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setenv("USERPROFILE", home)
+    args = train.parse_args(["--out=~/run", "--template=~/{}"])
+    assert Path(args.out) == Path(home, "run") and args.template == "~/{}"
+
+
+def test_layers_beyond_all_numbers(tiny_run, capsys):
+    told = refusal(capsys, train.main, *tiny_run, "--layers", "0-99999999999")
+    assert "--layers 0-99999999999: expected" in told
+
+
+def test_a_frame_is_for_thinking(a_run, capsys):
+    told = refusal(capsys, sample.main, "--ckpt", a_run, "--prompt", "x", "--frame", "x", "--device", "cpu")
+    assert "--frame x is for --think or --rewrite" in told
 
 
 def test_the_guidance_interval_is_one(capsys):
@@ -256,6 +288,30 @@ def test_a_place_where_nothing_can_be_written(a_run, tmp_path, capsys):
     assert "x: nothing can be written there" in refusal(capsys, sample.main, *draw, "--out", taken / "x")
     score = ["--ckpt", a_run, "--suite", "parrot", "--limit", 1, "--out", taken, "--device", "cpu"]
     assert "taken: nothing can be written there" in refusal(capsys, evaluate.main, *score)
+
+
+def test_what_a_run_would_overwrite_is_kept(a_run, tiny_run, llm_folder, capsys):
+    """The LLM's own folder as --out; a run that was downloaded without its state; the user's notes."""
+    weights = llm_folder("qwen2") / "model.safetensors"
+    before = weights.read_bytes()
+    told = refusal(capsys, train.main, *tiny_run, "--out", weights.parent, "--steps", "1")
+    assert "already holds a model.safetensors, which a run would overwrite" in told
+    assert weights.read_bytes() == before
+    (a_run / "README.md").write_text("my notes")
+    train.main(["--resume", "--out", str(a_run), "--steps", "2"])
+    assert (a_run / "README.md").read_text() == "my notes"
+    (a_run / train.STATE).unlink()
+    assert "already holds a model.safetensors" in refusal(capsys, train.main, *tiny_run, "--steps", "1")
+
+
+def test_what_is_no_evaluation_is_refused_before_the_work(a_run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "draw", None)
+    score = ["--ckpt", a_run, "--suite", "parrot", "--limit", 1, "--device", "cpu", "--out", a_run]
+    for content in ("{", "[]"):
+        (a_run / "evaluate.json").write_text(content)
+        told = refusal(capsys, evaluate.main, *score)
+        assert "evaluate.json is cut, or no evaluation; move it away" in told
+    assert (a_run / "evaluate.json").read_text() == "[]"
 
 
 def test_one_picture_into_its_file(a_run, tmp_path, capsys):
@@ -330,6 +386,22 @@ def test_a_cut_line_of_metrics(a_run):
     assert [json.loads(line)["step"] for line in path.read_text("utf-8").splitlines()] == [1, 2]
 
 
+def test_a_checkpoint_that_is_none(a_run, tmp_path, capsys):
+    draw = ["--prompt", "x", "--steps", "1", "--device", "cpu", "--out", tmp_path / "drawn"]
+    for place in (a_run / "model.safetensors", a_run / train.STATE, "no:name/x"):
+        told = refusal(capsys, sample.main, *draw, "--ckpt", place)
+        assert f"--ckpt {place}: " in told and "Hub" in told
+    (a_run / "config.json").write_text("{")  # a copy for the Hub's pages
+    sample.main([str(flag) for flag in [*draw, "--ckpt", a_run]])
+    weights = a_run / "model.safetensors"
+    metadata, tensors = read_safetensors(weights)
+    config = json.loads(metadata["config"]) | {"patch": 0}
+    safetensors.torch.save_file(tensors, weights, metadata=metadata | {"config": json.dumps(config)})
+    assert "is not an image expert" in refusal(capsys, sample.main, *draw, "--ckpt", a_run)
+    weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "model.safetensors does not read as" in refusal(capsys, sample.main, *draw, "--ckpt", a_run)
+
+
 def test_an_llm_that_has_moved(tiny_run, llm_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(llm_folder("qwen2"), "llm")
@@ -381,7 +453,13 @@ def test_older_runs_go_on(tiny_run, tmp_path, capsys):
     resume = ["--resume", "--out", str(tmp_path / "run"), "--steps", "2"]
     moved = shutil.copytree(pictures, tmp_path / "moved")
     assert "this run has --data" in refusal(capsys, train.main, *resume, "--data", moved)
+    args = json.loads(older.pop("args"))
+    del args["draws"]  # a flag that came later
+    safetensors.torch.save_file(tensors, state, metadata=older | {"args": json.dumps(args)})
     train.main(resume)
+    for name in ("args", "config", "step"):
+        safetensors.torch.save_file(tensors, state, metadata=metadata | {name: "x"})
+        assert "is not the state of a training run" in refusal(capsys, train.main, *resume)
 
 
 def test_another_expert_is_named(a_run, capsys):

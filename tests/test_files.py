@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 import data
 from data import Folder, Shapes, clean_text, open_source, read_lines, read_picture, read_text
@@ -78,6 +79,13 @@ def test_another_encoding_is_named(raw, where, tmp_path):
         (tmp_path / name).write_bytes(raw)
         with pytest.raises(ValueError, match=f"{name}, {where}; save the file as UTF-8"):
             read(tmp_path / name)
+
+
+def test_utf_16_without_its_mark_is_no_utf_8(tmp_path):
+    """It decodes, with a NUL beside each letter."""
+    (tmp_path / "a.txt").write_bytes("a red circle".encode("utf-16-le"))
+    with pytest.raises(ValueError, match="a.txt is UTF-16 without a byte-order mark; save"):
+        read_text(tmp_path / "a.txt")
 
 
 def test_a_frame_has_no_byte_order_mark(tmp_path, tiny_llm):
@@ -145,7 +153,7 @@ def test_a_name_must_be_one(tmp_path):
         (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a"}))
         with pytest.raises(ValueError, match="1 that metadata.jsonl names are not there"):
             Folder(tmp_path, 8)
-    for name in ("[1]", '"../../x"', "1.5", "null"):
+    for name in ("[1]", '"../../x"', "1.5", "null", "true", '""', '"a:b"', r'"a\u0000"', f'"{"x" * 300}"'):
         (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a", "prompt_id": {name}}}')
         with pytest.raises(ValueError, match="p.jsonl, line 1: prompt_id is .*; expected"):
             read_prompts(tmp_path / "p.jsonl")
@@ -173,7 +181,7 @@ NO_PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("name", NO_PROMPTS)
+@pytest.mark.parametrize("name", [*NO_PROMPTS, "e.TSV"])
 def test_what_holds_no_prompt_is_named(name, tmp_path):
     for file, text in NO_PROMPTS.items():
         if text is None:
@@ -181,6 +189,7 @@ def test_what_holds_no_prompt_is_named(name, tmp_path):
         else:
             (tmp_path / file).write_text(text)
     (tmp_path / "blank" / "a.txt").write_text("\n")
+    (tmp_path / "e.TSV").write_text("prompt\tseed\na red circle\t1\n")  # a header is no prompt
     with pytest.raises(ValueError, match=f"--prompts .*{name}.*; expected a prompt"):
         read_prompts(tmp_path / name)
 
@@ -235,6 +244,29 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert said.startswith("1 pictures with captions; 4 left out without a caption; 1 that")
     assert said.endswith("1 that metadata.jsonl names are not there")
     assert Shapes(8).fingerprint() is None and "shape" in Shapes(8).about()
+
+
+def test_folders_of_other_systems(tmp_path):
+    """Names as Windows writes them; links to folders, in circles too; metadata one folder below."""
+    save_pictures(tmp_path / "far" / "train", {"a.png": None})
+    row = json.dumps({"file_name": r"train\a.png", "text": "a"})
+    (tmp_path / "far" / "metadata.jsonl").write_text(row)
+    assert Folder(tmp_path / "far", 8).example(0, 1)[0] == "a"
+    (tmp_path / "far" / "metadata.jsonl").rename(tmp_path / "far" / "train" / "metadata.jsonl")
+    with pytest.raises(ValueError, match="1 left out .*; did you mean .*train[?]$"):
+        Folder(tmp_path / "far", 8)
+    save_pictures(tmp_path / "near", {"b.png": "b"})
+    save_pictures(tmp_path / "far" / "train", {"a.png": "a"})
+    try:
+        (tmp_path / "near" / "loop").symlink_to(tmp_path / "near")
+        (tmp_path / "near" / "more").symlink_to(tmp_path / "far")
+        (tmp_path / "near" / "c.png").symlink_to(tmp_path / "nowhere.png")
+    except OSError:
+        pytest.skip("Windows lets not everybody make links")
+    (tmp_path / "near" / "c.txt").write_text("c")
+    source = Folder(tmp_path / "near", 8)
+    assert sorted(caption for _, caption in source.pairs) == ["a", "b"]
+    assert source.about().endswith("1 links to pictures are not there")
 
 
 def test_folder_faults(tmp_path):
@@ -437,6 +469,14 @@ def test_damaged_exif_data_do_not_hide_a_picture(tmp_path):
             Image.new("RGB", (64, 64), "red").save(tmp_path / "photo", kind, exif=exif)
             for seen in both(tmp_path / "photo"):
                 assert (abs(seen - (255, 0, 0)) < 8).all(), (kind, exif)
+
+
+def test_a_long_text_does_not_hide_a_picture(tmp_path):
+    """Editors write megabytes of history and workflows into a PNG; viewers show it all the same."""
+    texts = PngInfo()
+    texts.add_text("workflow", "x" * 3_000_000, zip=True)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png", pnginfo=texts)
+    assert read_picture(tmp_path / "a.png").getpixel((4, 4)) == (255, 0, 0)
 
 
 def test_pictures_of_unsafe_size_are_refused(tmp_path):

@@ -163,6 +163,19 @@ def damaged(kind: str, folder: Path) -> str:
     if kind == "inf in one embedding":
         weights["model.embed_tokens.weight"][77, 3] = float("inf")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if kind == "another shape":
+        change_config(folder, intermediate_size=64)
+    if kind == "a git-lfs pointer":
+        (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    if kind == "half a file":
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    if kind == "half a configuration":
+        (folder / "tokenizer_config.json").write_text("{")
+    if kind == "an unknown kind of positions":
+        change_config(folder, rope_scaling={"type": "unknown", "factor": 2.0})
+    if kind == "an adapter alone":
+        (folder / "config.json").rename(folder / "adapter_config.json")
     if kind == "no tokenizer":
         for path in folder.glob("tokenizer*"):
             path.unlink()
@@ -178,15 +191,37 @@ def damaged(kind: str, folder: Path) -> str:
         "a layer is missing": "12 of its weights are missing, model.layers.1.",
         "nan": "its weight model.layers.1.mlp.down_proj.weight is not finite",
         "inf in one embedding": "its weight model.embed_tokens.weight is not finite",
+        "another shape": "its weight .*mlp.* has the shape [(].*, and its config.json means [(]",
+        "a git-lfs pointer": "model.safetensors is a git-lfs pointer .*: run git lfs pull there",
+        "half a file": "model.safetensors is cut or damaged: fetch it again",
+        "half a configuration": "tokenizer_config.json is cut or damaged",
+        "an unknown kind of positions": "does not load: KeyError: 'unknown'",
+        "an adapter alone": "has no config.json; expected a whole model",
         "no tokenizer": "reads every text alike|does not load",
-        "a tokenizer of another format": "does not load",
+        "a tokenizer of another format": "tokenizer.json is a git-lfs pointer",
         "an adapter beside it": "an adapter .* lies beside the model",
         "more tokens than embeddings": "has the token '<extra.*' as number 30., and the model embeddings of 300",
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["a layer is missing", "nan", "inf in one embedding", "no tokenizer", "an adapter beside it",
-                                  "a tokenizer of another format", "more tokens than embeddings"])  # fmt: skip
+DAMAGES = (
+    "a layer is missing",
+    "another shape",
+    "nan",
+    "inf in one embedding",
+    "a git-lfs pointer",
+    "half a file",
+    "half a configuration",
+    "an unknown kind of positions",
+    "no tokenizer",
+    "an adapter alone",
+    "an adapter beside it",
+    "a tokenizer of another format",
+    "more tokens than embeddings",
+)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_what_is_not_whole_is_refused(kind, tmp_path):
     message = damaged(kind, tmp_path)
     with pytest.raises(ValueError, match=f"^--llm {tmp_path}") as error:
@@ -194,6 +229,23 @@ def test_what_is_not_whole_is_refused(kind, tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=message):
         load_llm(str(tmp_path), CPU, torch.float32)
+
+
+def test_what_is_left_out_of_a_model_is_said(tmp_path):
+    """A config.json of fewer layers than the weights have, or scales of a quantization that it does not name."""
+    folder = save_tiny_llm("qwen2", tmp_path)
+    change_config(folder, num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    with pytest.warns(UserWarning, match="12 weights in the LLM's files are not used, model.layers.2."):
+        load_llm(str(folder), CPU, torch.float32)
+
+
+def test_what_is_no_model_is_named_so(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="it is a file; expected the model's folder"):
+        load_llm(str(tmp_path / "model.safetensors"), CPU, torch.float32)
+    for name in (str(tmp_path / "nowhere"), r"C:\llm", "https://huggingface.co/a/b", "a:8b"):
+        with pytest.raises(ValueError, match="no such file or folder, and no name that a model on the Hub"):
+            load_llm(name, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["garbage", "empty", "half", "objects"])
