@@ -898,7 +898,7 @@ class ImageExpert(Tower):
         for block, m, txt_k, txt_v in zip(self.blocks, modulations, context.keys, context.values):
             img_q, img_k, img_v = block.project(img, m)
             txt_k = block.scale_keys(txt_k)
-            attended = joint_attention(img_q, img_k, img_v, txt_k, txt_v, mask)  # (B, H, N, Dv)
+            attended = joint_attention(img_q, img_k, img_v, txt_k, txt_v, context.lengths)  # (B, H, N, Dv)
             img = block.finish(img, attended, m)
         return self.end(img, last, x_t, t)
 
