@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
     cli.start()
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import tempfile
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -29,8 +31,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import train
-from attention import hybrid_mask, joint_attention, joint_attention_definition, matrix_products, text_mask, triton
-from cli import OneLineParser, one_line_errors, pick_device, pick_dtype, positive, write_text
+from attention import hybrid_mask, joint_attention_definition, matrix_products
+from cli import OneLineParser, make_folder, one_line_errors, pick_device, pick_dtype, positive, write_text
+from extras.rivals import attention_ways, backend_of
 from flow import euler_sample
 from model import Context, Enough, FrozenLLM, ImageExpert
 
@@ -159,50 +162,12 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
 HEADS = {"Qwen2.5-0.5B": (14, 2, 64), "gemma-3-270m": (4, 1, 256), "Llama-3-8B": (32, 8, 128)}  # H, G, Dk = Dv
 
 
-def attention_ways(q: Tensor, k: Tensor, v: Tensor, txt_k: Tensor, txt_v: Tensor, lengths: Tensor) -> dict[str, Callable]:
-    """name -> the joint attention of these tensors, computed that way, as far as this machine can."""
-    B, H, N, Dk = q.shape
-    G, T = k.shape[1], txt_k.shape[2]
-    hybrid = hybrid_mask(lengths, T, N)[:, :, T:]
-
-    def joint() -> tuple[Tensor, Tensor]:
-        return torch.cat([txt_k, k], dim=2), torch.cat([txt_v, v], dim=2)
-
-    ways = {"definition": lambda: joint_attention_definition(q * Dk**-0.5, *joint(), hybrid),
-            "sdpa": lambda: joint_attention(q, k, v, txt_k, txt_v, lengths, "sdpa")}  # fmt: skip
-    if not q.is_cuda:
-        return ways
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    seen = text_mask(lengths, T, N)[:, 0, 0]
-    block_mask = create_block_mask(lambda b, h, i, j: seen[b, j], B, None, N, T + N, device=q.device)
-    flex = torch.compile(flex_attention, dynamic=False)
-    ways["flex"] = lambda: flex(q, *joint(), block_mask=block_mask, enable_gqa=H != G)
-    with suppress(ImportError):
-        from torch.nn.attention.varlen import varlen_attn
-
-        keep, counts = seen.nonzero(as_tuple=True), seen.sum(1)
-        starts_k = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-        starts_q = torch.arange(B + 1, device=q.device, dtype=torch.int32) * N
-        longest = int(counts.max())
-
-        def varlen() -> Tensor:
-            packed_k, packed_v = (x.transpose(1, 2)[keep] for x in joint())  # valid tokens only: a copy, as everywhere
-            rows = q.transpose(1, 2).flatten(0, 1)
-            out = varlen_attn(rows, packed_k, packed_v, starts_q, starts_k, N, longest, enable_gqa=H != G)
-            return out.unflatten(0, (B, N)).transpose(1, 2)
-
-        ways["varlen"] = varlen
-    if triton is not None:
-        ways["kernel"] = lambda: joint_attention(q, k, v, txt_k, txt_v, lengths, "triton")
-    return ways
-
-
 def bench_attention(args, device: torch.device, dtype: torch.dtype, peak: float) -> list[dict]:
     gpu = device.type == "cuda"
     grid = [(T, N, B) for B in ((1, 16, 64) if gpu else (4,)) for T in ((16, 64, 512) if gpu else (16, 64))
             for N in ((64, 256, 1024, 4096) if gpu else (16, 64, 256)) if N * B <= 65_536]  # fmt: skip
     rows = []
+    told = set()
     for name, (H, G, D) in HEADS.items():
         for T, N, B in grid:
             torch.manual_seed(0)
@@ -211,19 +176,24 @@ def bench_attention(args, device: torch.device, dtype: torch.dtype, peak: float)
             lengths = torch.randint(T // 2, T + 1, (B,), device=device)
             flops = 4 * H * N * D * (lengths.sum().item() + B * N)
             moved = dtype.itemsize * D * (2 * B * H * N + 2 * G * (lengths.sum().item() + B * N))  # read once, write once
-            ways, grad = attention_ways(*image, *text, lengths), torch.randn(B, H, N, D, device=device, dtype=dtype)
-            if N * (T + N) * B * H > 2**31:
-                del ways["definition"]  # its scores alone would take many GB
+            ways, left_out = attention_ways(*image, *text, lengths)
+            for way, why in left_out.items():
+                if (way, why) not in told:
+                    told.add((way, why))
+                    print(f"left out from heads {name}, T {T}, N {N}, B {B} on: {way} ({why})")
+            grad = torch.randn(B, H, N, D, device=device, dtype=dtype)
 
             def backward(way: Callable, image=image, grad=grad) -> None:
                 torch.autograd.grad(way(), image, grad)
 
             with torch.no_grad():
+                backends = {way: backend_of(call) for way, call in ways.items()}
                 forward = timed(ways, device, args.seconds)
             both = timed({k: lambda way=way: backward(way) for k, way in ways.items()}, device, args.seconds)
             for way in ways:
                 rows.append({
-                    "heads": name, "T": T, "N": N, "B": B, "way": way, "forward ms": forward[way]["ms"],
+                    "heads": name, "T": T, "N": N, "B": B, "way": way, "backend": backends[way],
+                    "forward ms": forward[way]["ms"],
                     "forward+backward ms": both[way]["ms"], "spread": forward[way]["spread"],
                     "TFLOP/s": flops / forward[way]["ms"] / 1e9, "of peak": flops / forward[way]["ms"] / 1e9 / peak,
                     "least GB/s": moved / forward[way]["ms"] / 1e6,
@@ -384,6 +354,11 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in cells)
 
 
+def version_of(package: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+
+
 def main() -> None:
     parser = OneLineParser(description="Time what this project does.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"some of {', '.join(SECTIONS)} (default: all)")
@@ -395,6 +370,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--out", default="bench.json")
     args, args.for_training = parser.parse_known_args()
+    make_folder(Path(args.out).parent)
     train.parse_args(args.for_training)  # a wrong flag is named before anything is timed
     if wrong := [name for name in args.sections if name not in SECTIONS]:
         raise ValueError(f"{wrong[0]}: expected some of {', '.join(SECTIONS)}")
@@ -403,7 +379,7 @@ def main() -> None:
     machine = {"device": f"{device} ({why})", "cpu": platform.processor() or platform.machine(),
                "threads": torch.get_num_threads(),
                "dtype": str(dtype), "torch": torch.__version__, "transformers": transformers.__version__,
-               "triton": getattr(triton, "__version__", None)}  # fmt: skip
+               "triton": version_of("triton")}  # fmt: skip
     machine["matmul peak TFLOP/s"] = peak = peak_tflops(device, dtype)
     print(*(f"{key}: {value}" for key, value in machine.items()), sep="\n")
     results = {"machine": machine}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AutoModel, DynamicCache
 
-from attention import joint_attention
+from attention import joint_attention, text_mask
 from model import (
     Context,
     ExpertBlock,
@@ -239,9 +239,10 @@ class Prepending(ImageExpert):
         img, modulations, last = self.begin(x_t, t)
         T, N = txt.shape[1], img.shape[1]
         both = torch.cat([txt.to(img.dtype), img], dim=1)  # (B, T+N, D)
+        mask = text_mask(context.lengths, T, N) if context.padded else None
         for i, (block, m) in enumerate(zip(self.blocks, modulations)):
             q, k, v = block.project(both, m)
-            attended = joint_attention(q, k[:, :, T:], v[:, :, T:], k[:, :, :T], v[:, :, :T], context.lengths)
+            attended = joint_attention(q, k[:, :, T:], v[:, :, T:], k[:, :, :T], v[:, :, :T], mask)
             both = block.finish(both, attended, m)
             if i < len(later):
                 both = both + F.pad(later[i].to(both.dtype), (0, 0, 0, N))
@@ -296,10 +297,11 @@ class Encoder(nn.Module):
         """x (B, T, D) of which lengths (B,) are valid -> the same shape. A row without any sees its padding, harmlessly."""
         if x.numel() == 0:
             return x
+        mask = text_mask(lengths.clamp_min(1), x.shape[1], 0)
         for block in self.blocks:
             q, k, v = block.project(x, self.still.to(x.dtype))
             none = slice(0, 0)
-            attended = joint_attention(q, k[:, :, none], v[:, :, none], k, v, lengths.clamp_min(1))
+            attended = joint_attention(q, k[:, :, none], v[:, :, none], k, v, mask)
             x = block.finish(x, attended.to(x.dtype), self.still.to(x.dtype))
         return x
 
@@ -381,7 +383,7 @@ class MetaQueries(Prepending):
         if context.text is not None:
             return context
         prepared = super().prepare(context)
-        return replace(prepared, lengths=torch.full_like(context.lengths, len(self.queries)))
+        return replace(prepared, lengths=torch.full_like(context.lengths, len(self.queries)), padded=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from attention import joint_attention
+from attention import joint_attention, text_mask
 from loading import (
     broken_file,
     check_tokenizer,
@@ -87,6 +87,7 @@ class Context:
     tokens: Tensor | None = None
     text: Tensor | None = None
     distinct: "tuple[Context, Tensor] | None" = None
+    padded: bool = True  # False: known, without asking a GPU, that every row has T tokens
 
     def concat(self, other: "Context") -> "Context":
         """Both batches as one, padded to the longer: for the two branches of guidance."""
@@ -99,7 +100,10 @@ class Context:
         keys, values, hidden = ([join(a, b, dim) for a, b in zip(mine, theirs)] for mine, theirs, dim in lists)
         pairs = ((self.tokens, other.tokens), (self.text, other.text))
         tokens, text = (None if a is None else join(a, b, 1) for a, b in pairs)
-        return Context(keys, values, torch.cat([self.lengths, other.lengths]), hidden, tokens, text)
+        T = [[x.shape[-2] for x in (*c.keys, c.text) if x is not None] for c in (self, other)]
+        padded = self.padded or other.padded or T[0] != T[1]
+        lengths = torch.cat([self.lengths, other.lengths])
+        return Context(keys, values, lengths, hidden, tokens, text, padded=padded)
 
 
 @dataclass(frozen=True)
@@ -487,6 +491,7 @@ class FrozenLLM:
             distinct.tokens = F.pad(kept, (0, T - kept.shape[1]))
             context.tokens = distinct.tokens[rows]
         context.distinct = distinct, rows
+        context.padded = any(len(row) < T for row in found.values())
         return context
 
     def _unpack(self, packed: Tensor, lengths: Tensor) -> Context:
@@ -574,13 +579,13 @@ def ask_hub(name: str) -> str | None:
     """Why the Hub does not give `name`, or None if it does: asked once, before the libraries start their long retries."""
     try:
         model_info(name, timeout=5)
+    except HFValidationError:
+        return "no such file or folder, and no name that a model on the Hub can have"
     except Exception as error:  # the Hub's client raises many kinds: each becomes one clear line
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403, 404):
             return f"the Hub answers {status} (no such model, or it is gated: accept its terms and run `hf auth login`)"
         return f"it is not in the local cache, and the Hub cannot be reached ({type(error).__name__})"
-    except HFValidationError:
-        return "no such file or folder, and no name that a model on the Hub can have"
 
 
 def load_llm(
@@ -604,13 +609,13 @@ def load_llm(
         where = BUILT_IN[name]() if name in BUILT_IN else name
         if Path(name).suffix.lower() == ".gguf":
             where = convert_gguf(Path(name), file_sha256(Path(name)))
+        elif Path(name).is_file():
+            raise ValueError("it is a file; expected the model's folder, or a .gguf file")
     except Exception as error:  # a broken file makes its reader raise anything
         raise cannot(error) from None
 
     def load(local_files_only: bool):
         options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only, "revision": revision}
-        elif Path(name).is_file():
-            raise ValueError("it is a file; expected the model's folder, or a .gguf file")
         try:
             config = type(AutoConfig.from_pretrained(where, **options))
             kind = AutoModelForImageTextToText if config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
@@ -895,10 +900,11 @@ class ImageExpert(Tower):
     def forward(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
         """predict(x_t, t, context) -> v: x_t (B, C, height, width), t (B,) in [0, 1]."""
         img, modulations, last = self.begin(x_t, t)
+        mask = text_mask(context.lengths, context.keys[0].shape[2], img.shape[1]) if context.padded else None
         for block, m, txt_k, txt_v in zip(self.blocks, modulations, context.keys, context.values):
             img_q, img_k, img_v = block.project(img, m)
             txt_k = block.scale_keys(txt_k)
-            attended = joint_attention(img_q, img_k, img_v, txt_k, txt_v, context.lengths)  # (B, H, N, Dv)
+            attended = joint_attention(img_q, img_k, img_v, txt_k, txt_v, mask)  # (B, H, N, Dv)
             img = block.finish(img, attended, m)
         return self.end(img, last, x_t, t)
 

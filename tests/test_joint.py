@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from attention import hybrid_mask, joint_attention, joint_attention_definition
+from attention import hybrid_mask, joint_attention, joint_attention_definition, text_mask
 from bench import joint_forward
 from conftest import CPU, DECODERS, random_expert
 from model import RMSNorm, load_llm
@@ -78,13 +78,14 @@ def test_fused_equals_definition_with_gradients(shape):
     txt = [torch.randn(B, G, T, D, dtype=torch.float64) for D in (Dk, Dv)]
     img = [torch.randn(B, h, N, D, dtype=torch.float64, requires_grad=True) for h, D in ((H, Dk), (G, Dk), (G, Dv))]
     lengths = torch.randint(0, T + 1, (B,))
-    fused = joint_attention(*img, *txt, lengths)
+    mask = text_mask(lengths, T, N)
+    fused = joint_attention(*img, *txt, mask)
     joint_q = torch.cat([torch.zeros(B, H, T, Dk, dtype=torch.float64), img[0] * Dk**-0.5], dim=2)
     joint_k, joint_v = torch.cat([txt[0], img[1]], dim=2), torch.cat([txt[1], img[2]], dim=2)
     plain = joint_attention_definition(joint_q, joint_k, joint_v, hybrid_mask(lengths, T, N))[:, :, T:]
     assert largest(fused, plain) < 1e-6, f"largest difference {largest(fused, plain):.2e}"  # the definition is float32 inside
     with torch.no_grad():
-        inference = joint_attention(*img, *txt, lengths)
+        inference = joint_attention(*img, *txt, mask)
     assert largest(inference, fused) < 1e-12, f"with and without gradients: {largest(inference, fused):.2e}"
     grad = torch.randn_like(plain)
     for ours, reference in zip(torch.autograd.grad(fused, img, grad), torch.autograd.grad(plain, img, grad)):

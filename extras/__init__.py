@@ -1,0 +1,1 @@
+"""One file a subject; each can be removed without breaking `train.py` and `sample.py`."""
