@@ -1,17 +1,20 @@
-"""Joint attention of a frozen text tower and a trainable image tower: Mixture-of-Transformers with one softmax.
+"""Joint attention of a frozen text tower and a trainable image tower: Mixture-of-Transformers with
+one softmax.
 
 Two ways to compute the same thing:
 
-    joint_attention_definition   the whole joint sequence, text and image queries, hybrid mask, plain float32 softmax
+    joint_attention_definition   the whole joint sequence, text and image queries, hybrid mask,
+                                 plain float32 softmax
     joint_attention              image queries only, over the text keys and values that the LLM has
-                                 already computed: one call of SDPA, or, where it is asked for,
-                                 the Triton kernel of extras/kernel.py
+                                 already computed: one call of SDPA, or, where it is asked for, of
+                                 the Triton kernel in extras/kernel.py
 
-They agree because no text token ever sees an image token: the text half of the definition does not depend on the image
-at all, so it is computed once per caption and kept. tests/test_joint.py proves it through whole models.
+They agree because no text token ever sees an image token: the text half of the definition does not
+depend on the image at all, so it is computed once per caption and kept. tests/test_joint.py proves
+it through whole models.
 
-Shapes: B images, T text tokens (right-padded), N image tokens, H query heads, G key/value heads (H a multiple of G:
-grouped queries), Dk and Dv head widths. Everything is (B, heads, tokens, head_width).
+Shapes: B images, T text tokens (right-padded), N image tokens, H query heads, G key/value heads (H
+a multiple of G: grouped queries), Dk and Dv head widths. All is (B, heads, tokens, head_width).
 """
 
 import os
@@ -23,11 +26,10 @@ from torch import Tensor
 
 
 def hybrid_mask(lengths: Tensor, T: int, N: int) -> Tensor:
-    """Who may look at whom in [text; image]: (B, 1, T+N, T+N) bool, True where the row sees the column.
-
-    Text is causal and never sees the image; an image token sees the valid text and the whole image.
-    lengths: (B,) valid text tokens of each row. A padded token sees itself too, so that no row is empty.
-    """
+    """Who may look at whom in [text; image]: (B, 1, T+N, T+N) bool, True where the row sees the
+    column. Text is causal and never sees the image; an image token sees the valid text and the
+    whole image. lengths: (B,) valid text tokens of each row. A padded token sees itself too, so
+    that no row is empty."""
     device = lengths.device
     place = torch.arange(T + N, device=device)
     is_image = place >= T
@@ -38,11 +40,14 @@ def hybrid_mask(lengths: Tensor, T: int, N: int) -> Tensor:
     return ((sees & valid[:, None, :]) | padded_self)[:, None]
 
 
-def joint_attention_definition(joint_q: Tensor, joint_k: Tensor, joint_v: Tensor, mask: Tensor) -> Tensor:
-    """One softmax over the joint sequence, as Mixture-of-Transformers defines it, in float32 and without any trick.
+def joint_attention_definition(
+    joint_q: Tensor, joint_k: Tensor, joint_v: Tensor, mask: Tensor
+) -> Tensor:
+    """One softmax over the joint sequence, as Mixture-of-Transformers defines it, in float32 and
+    without any trick.
 
-    joint_q (B, H, T+N, Dk), already multiplied by its scale (text and image towers may scale differently);
-    joint_k (B, G, T+N, Dk), joint_v (B, G, T+N, Dv), mask from hybrid_mask. Returns (B, H, T+N, Dv).
+    joint_q (B, H, T+N, Dk), already multiplied by its scale (the towers may scale differently);
+    joint_k (B, G, T+N, Dk), joint_v (B, G, T+N, Dv), mask from hybrid_mask -> (B, H, T+N, Dv).
     """
     groups = joint_q.shape[1] // joint_k.shape[1]
     joint_k = joint_k.repeat_interleave(groups, dim=1)  # (B, H, T+N, Dk)
@@ -79,7 +84,7 @@ def joint_attention(
             return out
     joint_k = torch.cat([txt_k, img_k], dim=2)  # (B, G, T+S, Dk)
     joint_v = torch.cat([txt_v, img_v], dim=2)  # (B, G, T+S, Dv)
-    rows = img_q.reshape(B, G, H // G * N, Dk)  # grouped queries are more rows that ask the same keys
+    rows = img_q.reshape(B, G, H // G * N, Dk)  # grouped queries: more rows ask the same keys
     if img_q.device.type == "cpu" and torch.is_grad_enabled():
         out = matrix_products(rows, joint_k, joint_v, mask)
     else:
@@ -113,8 +118,8 @@ MEASURED: set[tuple[int, int]] = set()
 
 @torch.compiler.assume_constant_result  # in a compiled graph: asked when it is made
 def wants_kernel(backend: str | None, device: torch.device) -> bool:
-    """Whether the Triton kernel shall take the place of SDPA: where `backend`, or JOINT_ATTENTION in
-    the environment, asks for it, or else where it is MEASURED."""
+    """Whether the Triton kernel shall take the place of SDPA: where `backend`, or JOINT_ATTENTION
+    in the environment, asks for it, or else where it is MEASURED."""
     asked = backend or os.environ.get("JOINT_ATTENTION")
     if asked in ("sdpa", "triton"):
         return asked == "triton"
@@ -126,21 +131,26 @@ def wants_kernel(backend: str | None, device: torch.device) -> bool:
 
 
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Rotary position embedding (RoFormer, eq. 34) in the half-split layout of Hugging Face's Llama family.
+    """Rotary position embedding (RoFormer, eq. 34) in the half-split layout of Hugging Face's Llama
+    family.
 
-    x (B, heads, tokens, D); angle (B, R/2) in radians, one position for all tokens of a row. The first R of the D
-    dimensions turn, in pairs (i, i + R/2); the rest stay (partial rotary). R = 0 leaves x as it is.
+    x (B, heads, tokens, D); angle (B, R/2) in radians, one position for all tokens of a row. The
+    first R of the D dimensions turn, in pairs (i, i + R/2); the rest stay (partial rotary).
     """
     half = angle.shape[-1]
-    cos, sin = angle.cos().to(x.dtype)[:, None, None], angle.sin().to(x.dtype)[:, None, None]  # (B, 1, 1, R/2)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos = angle.cos().to(x.dtype)[:, None, None]  # (B, 1, 1, R/2)
+    sin = angle.sin().to(x.dtype)[:, None, None]
+    first = x[..., :half]
+    second = x[..., half : 2 * half]
+    rest = x[..., 2 * half :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
 @dataclass
 class Rotary:
-    """How one layer's keys turn with the position: by `frequencies` (R/2,), in radians per token, in the dimensions that
-    `order` (Dk,) brings to the front, half-split as `rotate` has them. R = 0 where they do not turn."""
+    """How one layer's keys turn with the position: by `frequencies` (R/2,), in radians per token,
+    in the dimensions that `order` (Dk,) brings to the front, half-split as `rotate` has them. R = 0
+    where they do not turn."""
 
     frequencies: Tensor
     order: Tensor
@@ -149,4 +159,5 @@ class Rotary:
         """x (B, heads, tokens, Dk), turned forward by positions (B,)."""
         if not len(self.frequencies):
             return x
-        return rotate(x[..., self.order], positions[:, None] * self.frequencies)[..., self.order.argsort()]
+        angle = positions[:, None] * self.frequencies
+        return rotate(x[..., self.order], angle)[..., self.order.argsort()]

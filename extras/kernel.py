@@ -25,13 +25,12 @@ lse = m + log z, because softmax(s) = exp(s - lse). With dO the gradient of the 
     dP = dO V^T          dS = P (dP - delta)               delta = rowsum(dO O), the softmax's
     dQ = scale dS K      dK = scale dS^T Q                 own gradient (appendix B.4)
 
-_backward_rows walks as the forward does and sums dQ; _backward_keys takes a block of keys and
-walks over all rows of all heads that share it, and sums dK and dV. No two programs add to the same
-place, so sums have one order and results one value.
+_backward_rows walks as the forward does and sums dQ; _backward_keys takes a block of keys, walks
+over all rows of all heads that share it, and sums dK and dV. No two programs add to one place.
 
-Three habits keep the walk cheap, since beside the tensor cores every other instruction counts:
-exp(x) = exp2(x log2 e) is what the hardware has, and the scale goes into the same multiply-add;
-only the last block of a walk can be partial, and it alone carries masks; widths are constants.
+Beside the tensor cores every other instruction of the walk counts: exp(x) = exp2(x log2 e) is what
+the hardware has, and the scale goes into the same multiply-add; only a walk's last block can be
+partial, and it alone carries masks; widths are constants.
 
 Letters: BM rows and BN keys in a block, DK and DV the widths, S a number of keys. A matrix argument
 is a tuple: (pointer, strides over the batch, the heads, the tokens), the last stride being 1.
@@ -278,10 +277,10 @@ def launch(kernel, index: int, count: int, heads: int, *args) -> None:
         sizes["FLIP"] = flip[0]
     arguments = []
     for x in args:
-        if torch.is_tensor(x) and x.dim() == 4:
+        if torch.is_tensor(x) and x.dim() == 4:  # a matrix of each head
             if max(x.shape[1] * x.stride(1), x.shape[2] * x.stride(2)) >= 2**31:
-                raise ValueError(f"shape {tuple(x.shape)}, strides {x.stride()}: expected a batch's "
-                                 "row to span less than 2^31 numbers; use backend='sdpa'")
+                raise ValueError(f"{tuple(x.shape)} with strides {x.stride()}: expected a row of "
+                                 "the batch to span less than 2^31 numbers; use SDPA")
             x = x, *x.stride()[:3]
         arguments.append(x)
     programs = triton.cdiv(count, sizes["BN" if flip else "BM"]) * heads * len(v)

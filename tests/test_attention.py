@@ -1,123 +1,161 @@
-"""The Triton kernel against the definition in float64: on a GPU, or on a CPU in Triton's interpreter."""
+"""Which way joint attention goes, and what it needs to know; test_joint.py has that it is right."""
+
+import ast
+from pathlib import Path
 
 import pytest
 import torch
 
-from attention import fused_attention, fused_attention_backward, hybrid_mask, joint_attention, joint_attention_definition
+import attention
+from attention import (
+    hybrid_mask,
+    joint_attention,
+    joint_attention_definition,
+    matrix_products,
+    text_mask,
+)
 from conftest import random_expert
+from model import Context
 
-pytest.importorskip("triton", reason="pip install -r requirements-dev.txt")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton's interpreter does not know bfloat16
-BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3} | ({torch.bfloat16: 2e-2} if DEVICE == "cuda" else {})
-SHAPES = [  # B, H, G, T, N, Dk, Dv
-    (3, 4, 2, 7, 9, 8, 8),
-    (2, 6, 3, 5, 4, 8, 12),
-    (2, 2, 1, 0, 6, 16, 4),  # no text at all
-    (1, 4, 4, 3, 1, 5, 3),  # one image token, widths that are no powers of two
-    (2, 4, 1, 70, 100, 80, 80),  # several blocks of text, rows and keys
-    (2, 2, 1, 16, 64, 256, 256),  # gemma-3-270m and the default expert
-    (1, 14, 2, 33, 65, 64, 64),  # Qwen2.5-0.5B's heads
-    (2, 3, 3, 65, 33, 192, 128),  # latent attention: Dk and Dv differ
-    (5, 1, 1, 130, 16, 24, 16),
-]
+ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that a kernel does not write to is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-
-def inputs(shape, dtype, requires_grad: bool = True):
-    """img_q, img_k, img_v, txt_k, txt_v as the models make them (heads and tokens swapped in memory), and the lengths."""
-    B, H, G, T, N, Dk, Dv = shape
+def made(T: int = 6, N: int = 5, dtype=torch.float64) -> list[torch.Tensor]:
+    """img_q, img_k, img_v, txt_k, txt_v of B 3, H 4, G 2, Dk 8, Dv 12."""
     generator = torch.Generator().manual_seed(0)
-    sizes = (H, N, Dk), (G, N, Dk), (G, N, Dv), (G, T, Dk), (G, T, Dv)
-    made = [torch.randn(B, n, h, d, generator=generator).to(DEVICE, dtype).transpose(1, 2) for h, n, d in sizes]
-    lengths = torch.randint(0, T + 1, (B,), generator=generator).to(DEVICE)
-    return [x.requires_grad_(requires_grad) for x in made], lengths
+    sizes = (4, N, 8), (2, N, 8), (2, N, 12), (2, T, 8), (2, T, 12)
+    return [torch.randn(3, *size, generator=generator, dtype=dtype) for size in sizes]
 
 
-def definition(img_q, img_k, img_v, txt_k, txt_v, lengths):
-    """The image rows of the joint definition, in float64."""
-    T, N = txt_k.shape[2], img_q.shape[2]
-    joint_k, joint_v = torch.cat([txt_k, img_k], 2), torch.cat([txt_v, img_v], 2)
-    groups = img_q.shape[1] // img_k.shape[1]
-    scores = img_q * img_q.shape[-1] ** -0.5 @ joint_k.repeat_interleave(groups, 1).transpose(-1, -2)
-    weights = scores.masked_fill(~hybrid_mask(lengths, T, N)[:, :, T:], float("-inf")).softmax(-1)
-    return weights @ joint_v.repeat_interleave(groups, 1)
+def test_the_text_mask_is_the_images_rows_of_the_hybrid_mask():
+    lengths = torch.tensor([0, 3, 6])
+    rows = hybrid_mask(lengths, 6, 5)[:, :, 6:]
+    assert torch.equal(text_mask(lengths, 6, 5).expand_as(rows), rows)
 
 
-def relative(ours, exact) -> float:
-    return ((ours.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_mask_is_the_mask_of_rows_that_are_not_padded(grad):
+    """Both ways of a CPU: products while it trains, SDPA when it draws."""
+    tensors = [x.requires_grad_(grad) for x in made()]
+    mask = text_mask(torch.tensor([6, 6, 6]), 6, 5)
+    with torch.set_grad_enabled(grad):
+        difference = joint_attention(*tensors, None) - joint_attention(*tensors, mask)
+    assert difference.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernel_equals_definition_with_gradients(shape, dtype):
-    made, lengths = inputs(shape, dtype)
-    out = joint_attention(*made, lengths, backend="triton")
-    assert out.dtype == dtype
-    exact = [x.detach().double().requires_grad_() for x in made]
-    expected = definition(*exact, lengths)
-    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    errors = [relative(out, expected)]
-    ours, theirs = torch.autograd.grad(out, made, grad), torch.autograd.grad(expected, exact, grad.double())
-    errors += [relative(a, b) for a, b in zip(ours, theirs)]
-    assert max(errors) < BOUNDS[dtype], errors
-    for gradient in ours[3:]:
-        padding = torch.arange(shape[3], device=DEVICE) >= lengths[:, None]  # (B, T)
-        assert not gradient.transpose(1, 2)[padding].any(), "padding has no gradient"
+def test_no_row_reads_its_padding():
+    """Neither the result nor a gradient changes with it, even if it is not finite in places that
+    a mask could not cure: here large."""
+    lengths = torch.tensor([0, 3, 6])
+    mask = text_mask(lengths, 6, 5)
+    results = []
+    for padding in (0.0, 1e4):
+        tensors = made()
+        for x in tensors[3:]:
+            x[torch.arange(6)[None, None].expand(3, 2, 6) >= lengths[:, None, None]] = padding
+        for x in tensors:
+            x.requires_grad_()
+        out = joint_attention(*tensors, mask)
+        results.append([out, *torch.autograd.grad(out.square().sum(), tensors[:3])])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_the_definition_here_is_the_one_in_attention():
-    made, lengths = inputs(SHAPES[1], torch.float64, requires_grad=False)
-    T = SHAPES[1][3]
-    joint_q = torch.cat([torch.zeros_like(made[0][:, :, :1]).expand(-1, -1, T, -1), made[0] * made[0].shape[-1] ** -0.5], 2)
-    joint_k, joint_v = torch.cat([made[3], made[1]], 2), torch.cat([made[4], made[2]], 2)
-    plain = joint_attention_definition(joint_q, joint_k, joint_v, hybrid_mask(lengths, T, SHAPES[1][4]))[:, :, T:]
-    assert (plain - definition(*made, lengths)).abs().max() < 1e-6, "that one is float32 inside"
+def test_queries_of_the_text_alone():
+    """The relatives' encoder: N queries, no image keys."""
+    q, k, v, txt_k, txt_v = made(T=5)
+    lengths = torch.tensor([1, 4, 5])
+    out = joint_attention(q, k[:, :, :0], v[:, :, :0], txt_k, txt_v, text_mask(lengths, 5, 0))
+    for row, length in enumerate(lengths):
+        seen = [x[row : row + 1, :, :length] for x in (txt_k, txt_v)]
+        alone = joint_attention_definition(
+            q[row : row + 1] * 8**-0.5, *seen, torch.ones(1, 1, 5, length, dtype=torch.bool)
+        )
+        assert (out[row] - alone[0]).abs().max() < 1e-5, "that one is float32 inside"
 
 
-def test_text_gradients_are_computed_only_when_asked_for():
-    made, lengths = inputs(SHAPES[0], torch.float32, requires_grad=False)
-    out, lse = fused_attention(*made, lengths)
-    sizes = [x.numel() for x in fused_attention_backward(torch.ones_like(out), out, lse, *made, lengths, False)]
-    assert sizes == [x.numel() for x in made[:3]] + [0, 0]
-    trained = [x.clone().requires_grad_() for x in made[:3]]
-    joint_attention(*trained, *made[3:], lengths, backend="triton").sum().backward()
-    assert all(x.grad is not None for x in trained) and made[3].grad is None
+def test_products_with_and_without_a_mask_are_sdpa():
+    q, k, v, *_ = made()
+    rows = q.reshape(3, 2, 10, 8)
+    for mask in (None, text_mask(torch.tensor([1, 2, 3]), 3, 2)):
+        sdpa = torch.nn.functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+        assert (matrix_products(rows, k, v, mask) - sdpa).abs().max() < 1e-12
 
 
-def test_it_is_a_proper_operator():
-    """torch's own checks: the fake implementation, the autograd registration, tracing with dynamic shapes."""
-    made, lengths = inputs(SHAPES[0], torch.float32)
-    torch.library.opcheck(fused_attention, (*made, lengths), rtol=1e-4, atol=1e-5)
+def test_a_context_knows_whether_a_row_is_padded(tiny_llm):
+    llm = tiny_llm("qwen2")
+    random_expert(llm)
+    empty = llm.context(["", ""])
+    assert not empty.padded, "no text at all is no padding"
+    some = llm.context(["a red circle", ""])
+    assert some.padded
+    for context in (empty, some, some.concat(empty), empty.concat(some), empty.concat(empty)):
+        T = context.keys[0].shape[2]
+        assert context.padded == bool((context.lengths < T).any())
+    token = llm.context(["a red circle"]).keys
+    T = token[0].shape[2]
+    full = Context(token, token, torch.tensor([T]), padded=False)
+    longer = [torch.cat([x, x], 2) for x in token]
+    two = full.concat(Context(longer, longer, torch.tensor([2 * T]), padded=False))
+    assert two.padded and two.lengths.tolist() == [T, 2 * T]
+    assert not full.concat(full).padded
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
-def test_the_expert_with_the_kernel(kind, tiny_llm, monkeypatch):
-    """Through the whole expert: the kernel and SDPA, eager and traced, the picture and every gradient."""
-    llm = tiny_llm(kind)
-    expert = random_expert(llm).to(DEVICE)
-    context = llm.context(["a red circle", "", "the heart is to the left of the gold ring"])
-    context.keys, context.values = ([x.to(DEVICE) for x in xs] for xs in (context.keys, context.values))
-    context.lengths = context.lengths.to(DEVICE)
-    x_t, t = torch.randn(3, 3, 16, 16, device=DEVICE), torch.rand(3, device=DEVICE)
-    results = {}
-    for name, predict in (("sdpa", expert), ("triton", expert), ("traced", torch.compile(expert, backend="aot_eager"))):
-        monkeypatch.setenv("JOINT_ATTENTION", "sdpa" if name == "sdpa" else "triton")
-        expert.zero_grad()
-        out = predict(x_t, t, context)
-        out.square().mean().backward()
-        results[name] = [out.detach(), *(p.grad.clone() for p in expert.parameters())]
-    for name in ("triton", "traced"):
-        errors = [relative(a, b.double()) for a, b in zip(results[name], results["sdpa"])]
-        assert max(errors) < 1e-4, (name, max(errors))
+def test_an_expert_needs_no_mask_where_no_row_is_padded(tiny_llm):
+    llm = tiny_llm("qwen2")
+    expert = random_expert(llm)
+    context = llm.context(["a red circle"] * 2)
+    length = int(context.lengths[0])
+    context.keys = [x[:, :, :length] for x in context.keys]
+    context.values = [x[:, :, :length] for x in context.values]
+    x_t, t = torch.randn(2, 3, 16, 16), torch.rand(2)
+    results = []
+    for padded in (True, False):
+        context.padded = padded
+        results.append(expert(x_t, t, context))
+    assert (results[0] - results[1]).abs().max() < 1e-6
+
+
+def test_sdpa_is_the_default_and_other_words_are_refused(monkeypatch):
+    monkeypatch.delenv("JOINT_ATTENTION", raising=False)
+    for device in ("cpu", "cuda:1", "mps"):
+        assert not attention.wants_kernel(None, torch.device(device))
+    assert not attention.MEASURED, "no card has measured it"
+    assert attention.wants_kernel("triton", torch.device("cpu"))
+    monkeypatch.setenv("JOINT_ATTENTION", "triton")
+    assert attention.wants_kernel(None, torch.device("cpu"))
+    assert not attention.wants_kernel("sdpa", torch.device("cpu"))
+    monkeypatch.setenv("JOINT_ATTENTION", "flash")
+    with pytest.raises(ValueError, match="JOINT_ATTENTION=flash: expected sdpa or triton"):
+        attention.wants_kernel(None, torch.device("cpu"))
+
+
+def test_measured_cards_take_it(monkeypatch):
+    monkeypatch.delenv("JOINT_ATTENTION", raising=False)
+    monkeypatch.setattr(attention, "MEASURED", {(9, 0)})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device.index))
+    assert attention.wants_kernel(None, torch.device("cuda", 0))
+    assert not attention.wants_kernel(None, torch.device("cuda", 1))
+    assert not attention.wants_kernel(None, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_the_default_compiles_without_a_break(dynamic):
+    compiled = torch.compile(joint_attention, backend="eager", fullgraph=True, dynamic=dynamic)
+    for N in (4, 5):
+        tensors = made(N=N)
+        mask = text_mask(torch.tensor([0, 3, 6]), 6, N)
+        assert torch.equal(compiled(*tensors, mask), joint_attention(*tensors, mask))
+
+
+@pytest.mark.parametrize("name", ["attention", "flow", "model", "data", "train", "sample"])
+def test_the_core_imports_neither_triton_nor_an_extra_at_its_top(name):
+    """They are there for who asks for them."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text("utf-8"))
+    imported = []
+    for line in tree.body:
+        if isinstance(line, ast.Import):
+            imported += [alias.name for alias in line.names]
+        elif isinstance(line, ast.ImportFrom):
+            imported.append(line.module)
+    assert imported
+    assert not [module for module in imported if module.split(".")[0] in ("triton", "extras")]
