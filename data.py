@@ -10,6 +10,7 @@ The answer depends on the seed and the index alone, so a resumed run sees what i
 
 import codecs
 import hashlib
+import io
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageFont, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageColor, ImageDraw, ImageFont, PngImagePlugin
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the vocabulary of the shapes
@@ -520,6 +521,7 @@ def _as_seen(image: Image.Image, side: int | None) -> Image.Image:
         turn = None
     if image.mode[0] in "IF":
         image = _in_8_bits(image)
+    image = _in_srgb(image)
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if side:
         short = min(width, height)
@@ -530,6 +532,19 @@ def _as_seen(image: Image.Image, side: int | None) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
     return image.transpose(turn) if turn is not None else image
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """By its colour profile, if it has one: a phone's Display P3, a printer's CMYK."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "L", "CMYK"):
+        return image
+    mode = "RGBA" if image.mode == "RGBA" else "RGB"
+    srgb = ImageCms.createProfile("sRGB")
+    try:
+        return ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
+    except ImageCms.PyCMSError:  # damaged, or for another kind of picture: viewers leave it out
+        return image
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:

@@ -283,8 +283,9 @@ def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
     ValueError if it is none of these, or holds no prompt.
     """
     prompts = []
-    if path.suffix.lower() in (".csv", ".tsv"):
-        raise ValueError(f"--prompts {path} is a table; expected a prompt a line, JSON objects, or a folder of .txt")
+    if not path.exists() or path.suffix.lower() in (".csv", ".tsv"):
+        what = "is a table" if path.exists() else "is not there"
+        raise ValueError(f"--prompts {path} {what}; expected a prompt a line, JSON objects, or a folder of .txt")
     if path.is_dir():
         for file in files_in(path, {".txt"}, below=False):
             text = read_text(file).strip()

@@ -56,6 +56,7 @@ from sample import add_thinking, captioned_grid, draw, thinking_of, to_tensor
 
 STATE = "train_state.safetensors"  # in the run's folder: all that --resume needs
 LOOK_AHEAD = 32  # steps whose captions go to the LLM together
+LOOK_AHEAD_BYTES = 500e6  # or fewer: the most that their pictures take
 LOG_EVERY = 50  # steps a line of metrics.jsonl
 TIME_BINS = 5  # of equal width in t
 RECIPES = {  # what --data and --expert change in the defaults (of a name, the LLM knows most once asked to translate it)
@@ -64,6 +65,7 @@ RECIPES = {  # what --data and --expert change in the defaults (of a name, the L
 }
 GOES_WITH = {  # flags that mean something only beside another
     ("data", "shapes"): ("one_object",),
+    ("data", "emoji"): ("emoji_font", "emoji_variants"),
     ("expert", "mirror"): ("init", "checkpointing"),
     ("expert", "tiny"): ("width", "heads", "depth", "layers", "bridge"),
     ("bridge", "mot"): ("layers",),
@@ -144,7 +146,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     add("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
     plain = parser.parse_args(argv)
     for (flag, value), names in GOES_WITH.items():
-        for name in names if getattr(plain, flag) != value else ():
+        for name in names if getattr(plain, flag) != value and not plain.resume else ():  # then the stored ones count
             if getattr(plain, name) != parser.get_default(name):
                 raise ValueError(f"--{name.replace('_', '-')} is for --{flag} {value} alone: leave it out")
     parser.set_defaults(**RECIPES.get(plain.data, {}) | RECIPES.get(plain.expert, {}))
@@ -214,8 +216,9 @@ def build_expert(args: argparse.Namespace, llm: FrozenLLM, source) -> Tower:
 def batches(source, llm: FrozenLLM, batch_size: int, draws: int, start: int) -> Iterator[tuple[list[str], np.ndarray]]:
     """Captions and pictures (B, size, size, 3) uint8 of each step from `start`: a function of the seed and the step alone."""
     per_step, step = batch_size // draws, start
+    ahead = max(1, min(LOOK_AHEAD, int(LOOK_AHEAD_BYTES / (3 * batch_size * source.image_size**2))))
     while True:
-        end = (step // LOOK_AHEAD + 1) * LOOK_AHEAD
+        end = (step // ahead + 1) * ahead
         examples = [source.example(i, draws) for i in range(step * per_step, end * per_step)]
         llm.lookup([caption for caption, _ in examples])  # one pass of the LLM over all captions that it has not read yet
         for i in range(0, len(examples), per_step):

@@ -24,6 +24,7 @@ import evaluate
 import sample
 import train
 from conftest import save_tiny_llm
+from data import Shapes
 from model import read_safetensors
 
 ROOT = Path(__file__).parent.parent
@@ -302,6 +303,26 @@ def test_what_a_run_would_overwrite_is_kept(a_run, tiny_run, llm_folder, capsys)
     assert (a_run / "README.md").read_text() == "my notes"
     (a_run / train.STATE).unlink()
     assert "already holds a model.safetensors" in refusal(capsys, train.main, *tiny_run, "--steps", "1")
+
+
+def test_large_pictures_are_not_drawn_many_steps_ahead(tiny_llm, monkeypatch):
+    """The captions of 32 steps go to the LLM together; their pictures, at 512 pixels, would be gigabytes."""
+    llm = tiny_llm("qwen2")
+
+    def first_steps() -> list:
+        source = Shapes(16)
+        asked = []
+        example = source.example
+        source.example = lambda *given: asked.append(given) or example(*given)
+        steps = [next_step for _, next_step in zip(range(3), train.batches(source, llm, 8, 4, 0))]
+        return [len(asked), steps]
+
+    many, expected = first_steps()
+    monkeypatch.setattr(train, "LOOK_AHEAD_BYTES", 2 * 8 * 3 * 16**2)
+    few, steps = first_steps()
+    assert (many, few) == (2 * train.LOOK_AHEAD, 2 * 4)
+    for (captions, pictures), (others, same) in zip(steps, expected):
+        assert captions == others and np.array_equal(pictures, same)
 
 
 def test_what_is_no_evaluation_is_refused_before_the_work(a_run, capsys, monkeypatch):

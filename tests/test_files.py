@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageCms, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 import data
@@ -181,7 +181,7 @@ NO_PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("name", [*NO_PROMPTS, "e.TSV"])
+@pytest.mark.parametrize("name", [*NO_PROMPTS, "e.TSV", "nowhere"])
 def test_what_holds_no_prompt_is_named(name, tmp_path):
     for file, text in NO_PROMPTS.items():
         if text is None:
@@ -469,6 +469,18 @@ def test_damaged_exif_data_do_not_hide_a_picture(tmp_path):
             Image.new("RGB", (64, 64), "red").save(tmp_path / "photo", kind, exif=exif)
             for seen in both(tmp_path / "photo"):
                 assert (abs(seen - (255, 0, 0)) < 8).all(), (kind, exif)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colours_are_those_of_the_profile(mode, tmp_path):
+    """As phones' Display P3; here a profile whose red and blue are exchanged, and a damaged one."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exchanged = srgb.replace(b"rXYZ", b"....").replace(b"bXYZ", b"rXYZ").replace(b"....", b"bXYZ")
+    assert exchanged != srgb
+    for profile, shown in ((exchanged, (0, 0, 255)), (srgb, (255, 0, 0)), (b"x", (255, 0, 0))):
+        Image.new(mode, (8, 8), "red").save(tmp_path / "a.png", icc_profile=profile)
+        seen = read_picture(tmp_path / "a.png", 4).getpixel((2, 2))
+        assert all(abs(x - y) <= 3 for x, y in zip(seen, shown)), seen
 
 
 def test_a_long_text_does_not_hide_a_picture(tmp_path):

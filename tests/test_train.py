@@ -218,6 +218,7 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_run, llm_folder, t
         (["--resume"], "--resume: there is no run in"),
         (["--data", tmp_path / "empty"], "holds no captioned picture"),
         (["--data", "emoji", "--one-object"], "--one-object is for --data shapes alone"),
+        (["--emoji-variants"], "--emoji-variants is for --data emoji alone"),
         (["--data", "shapez"], "--data shapez: expected shapes, emoji, or an existing folder"),
         (["--template", "a picture"], "--template 'a picture': expected a text with one {}"),
         (["--expose", "after"], "--expose after: the template '{}' has no text after the caption"),
