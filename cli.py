@@ -238,7 +238,7 @@ def pick_dtype(name: str, device):
         return getattr(torch, name), "asked for"
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 emulates it
     else:
         fast = device.type == "cpu" and cpu.get("avx512_bf16")
     return (torch.bfloat16, "fast here") if fast else (torch.float32, "bfloat16 is not fast here")

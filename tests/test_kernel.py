@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from attention import hybrid_mask, joint_attention, text_mask
+from cli import pick_dtype
 from conftest import random_expert
 
 pytest.importorskip("triton", reason="pip install -r requirements-dev.txt")
@@ -287,6 +288,18 @@ def test_amd_takes_sdpa(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     said = trust.why_not(torch.device("cuda"), torch.bfloat16, 64, 64, 1)
     assert "NVIDIA" in said
+
+
+def test_a_card_that_emulates_bfloat16_takes_float32(monkeypatch):
+    """A T4, which says that it supports it."""
+
+    def supported(including_emulation=True):
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert pick_dtype("auto", torch.device("cuda"))[0] == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert pick_dtype("auto", torch.device("cuda"))[0] == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
