@@ -371,7 +371,7 @@ def check_weights(model: nn.Module, found: dict) -> bool:
             f"{len(lost)} of its weights are missing, {lost[0]} first; expected a whole model"
         )
     unused = sorted(found["unexpected_keys"])
-    if unused:
+    if unused and head is not None:  # of an encoder, its head is left out
         said = f"{len(unused)} weights in the LLM's files are not used, {unused[0]} first"
         warnings.warn(said, stacklevel=2)
     if made_up:

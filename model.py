@@ -301,7 +301,7 @@ class FrozenLLM:
                              "and --rewrite")  # fmt: skip
         if frame.count("{}") != 1:
             raise ValueError(f"the frame {frame[-60:]!r}: expected a text with one {{}}, where the prompt stands")
-        beginning = self.tokenizer(frame.split("{}")[0]).input_ids
+        beginning = self._open_ids(frame.split("{}")[0])
         if len(beginning) >= self.max_tokens:
             raise ValueError(f"a frame of {len(beginning)} tokens leaves {self.name} no room to think")
         self.thinking, self.written, self._frame_start = thinking, {}, beginning
@@ -313,7 +313,7 @@ class FrozenLLM:
     def _think(self, caption: str) -> Tensor:
         """The row of a caption, as `think` says: (T, W). The frame's beginning was computed once, all else is here, once."""
         (frame, tokens, show), beginning = self.thinking, self._frame_start
-        ids = self.tokenizer(frame.replace("{}", caption)).input_ids
+        ids = self._open_ids(frame.replace("{}", caption))
         shared = next((i for i, (a, b) in enumerate(zip(beginning, ids)) if a != b), min(len(beginning), len(ids) - 1))
         room = self.max_tokens - len(ids)
         if room < 1:
@@ -388,9 +388,16 @@ class FrozenLLM:
 
     # -- captions to contexts
 
+    def _open_ids(self, text: str) -> list[int]:
+        """The tokens of a text that goes on: without the end that tokenizers of embedding LLMs put there."""
+        ids = self.tokenizer(text).input_ids
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
+
     def tokenize(self, caption: str) -> list[int]:
         """The caption in its template; where the LLM takes no more tokens, the caption is cut."""
-        ids, room = self.tokenizer(self._before + caption).input_ids, self.max_tokens - len(self._after) - self.room
+        text = self._before + caption
+        ids = self._open_ids(text) if self._after else self.tokenizer(text).input_ids
+        room = self.max_tokens - len(self._after) - self.room
         if len(ids) > room:
             if not self._warned:
                 warnings.warn(f"a caption of {len(ids)} tokens is cut to the {room} that {self.name} takes", stacklevel=3)

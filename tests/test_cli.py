@@ -218,11 +218,6 @@ def test_layers_beyond_all_numbers(tiny_run, capsys):
     assert "--layers 0-99999999999: expected" in told
 
 
-def test_a_frame_is_for_thinking(a_run, capsys):
-    told = refusal(capsys, sample.main, "--ckpt", a_run, "--prompt", "x", "--frame", "x", "--device", "cpu")
-    assert "--frame x is for --think or --rewrite" in told
-
-
 def test_the_guidance_interval_is_one(capsys):
     for given in (("nan", "1"), ("0", "inf"), ("0.8", "0.2")):
         told = refusal(capsys, sample.main, "--prompt", "x", "--guidance-interval", *given)

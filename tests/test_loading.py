@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -321,6 +322,19 @@ def test_an_older_checkpoint_is_compared_by_its_weights():
 
 # ---------------------------------------------------------------------------------------------------
 # what does not go together
+
+
+def test_a_caption_with_a_text_after_it_has_no_end_before_that(tmp_path):
+    """Tokenizers of embedding LLMs close every text with a token, which says that nothing follows."""
+    folder = save_tiny_llm("qwen2", tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    closing = tokenizers.processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.post_processor = closing
+    tokenizer.save(str(folder / "tokenizer.json"))
+    llm = load_llm(str(folder), CPU, torch.float32)
+    assert llm.tokenize("red")[-1] == 1, "as it was trained"
+    llm.read("say {} now", "after")
+    assert 1 not in llm.tokenize("red")[: -len(llm._after)]
 
 
 def test_a_template_longer_than_the_llm_takes(tiny_llm):

@@ -291,7 +291,9 @@ def test_what_is_drawn_after_thinking(tiny_llm, tmp_path):
     frame = tmp_path / "frame.txt"
     frame.write_text("red => blue\n{} =>\n")
     options = {"think": None, "rewrite": None, "frame": str(frame)}
-    assert thinking_of(llm, Namespace(**options)) is None and not llm.written
+    assert thinking_of(llm, Namespace(**options | {"frame": None})) is None and not llm.written
+    with pytest.raises(ValueError, match="--frame .* is for --think or --rewrite"):
+        thinking_of(llm, Namespace(**options))
     lengths = {}
     for name, more in (("all", {"think": 6}), ("written", {"think": 6, "rewrite": "context"})):
         thinking = thinking_of(llm, Namespace(**options | more))
