@@ -586,7 +586,9 @@ class Folder:
         self.picture = lru_cache(maxsize=int(CACHE_BYTES / (3 * image_size**2)))(self._picture)
         if not self.pairs:
             kinds = ", ".join(sorted(PICTURE_SUFFIXES))
-            deeper = "".join(f"; did you mean {path.parent}?" for path in self.root.glob("*/metadata.jsonl"))
+            deeper = ""
+            for path in self.root.glob("*/metadata.jsonl"):
+                deeper = f"; did you mean {path.parent}?"
             raise ValueError(
                 f"{root} holds no captioned picture ({self.about()}); expected metadata.jsonl with "
                 f"file_name and text, or a .txt beside each picture ({kinds}){deeper}"

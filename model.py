@@ -923,7 +923,8 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path} does not read as safetensors (missing, truncated, a git-lfs pointer, or another kind of file): {error}"
+            f"{path} does not read as safetensors "
+            f"(missing, truncated, a git-lfs pointer, or another kind of file): {error}"
         ) from None
 
 
@@ -981,7 +982,10 @@ def text_layers(llm: FrozenLLM, depth: int, part: str = "all") -> list[dict]:
     if part not in PARTS:
         try:  # a number, or a share of the depth
             ends = [[int(float(x) * available) if "." in x else int(x) for x in piece.split("-")] for piece in part.split(",")]
-            numbers = [n for first, *last in ends for n in range(first, min((last or [first])[-1], available) + 1)]
+            numbers = []
+            for first, *last in ends:
+                until = min(last[-1] if last else first, available)  # whatever is beyond is refused below
+                numbers += range(first, until + 1)
         except ValueError:
             numbers = []
         if not numbers or max(numbers) >= available or sorted(set(numbers)) != numbers or len(numbers) > depth:

@@ -213,9 +213,11 @@ def load_expert(ckpt: str, device: torch.device) -> Tower:
     """A run's folder or a Hub id -> the expert. ValueError, in one line, if that cannot be."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it misses a config.json that stands in the weights' file
     if (Path(ckpt) / "model.safetensors").is_file():
-        return Tower._from_pretrained(model_id=ckpt).to(device)  # from_pretrained would read the config.json beside it too
+        # not from_pretrained, which reads the copy of the configuration in config.json too
+        return Tower._from_pretrained(model_id=ckpt).to(device)
     if Path(ckpt).exists() or len(Path(ckpt).parts) != 2:
-        raise ValueError(f"--ckpt {ckpt}: expected the folder of a run, with model.safetensors in it, or a Hub id")
+        expected = "the folder of a run, with model.safetensors in it, or a Hub id"
+        raise ValueError(f"--ckpt {ckpt}: expected {expected}")
     try:
         return Tower.from_pretrained(ckpt, local_files_only=True).to(device)
     except (OSError, HFValidationError):
@@ -254,7 +256,7 @@ def thinking_of(llm: FrozenLLM, args: argparse.Namespace) -> list | None:
     """What --think, --rewrite and --frame say, as the arguments of FrozenLLM.think; None if they say nothing."""
     if not (args.think or args.rewrite):
         if args.frame:
-            raise ValueError(f"--frame {args.frame} is for --think or --rewrite: add one of them, or leave it out")
+            raise ValueError(f"--frame {args.frame} is for --think or --rewrite: add one, or leave it out")
         return None
     path = Path(args.frame or FRAMES / ("rewrite.txt" if args.rewrite else "think.txt"))
     try:
@@ -273,7 +275,12 @@ def open_picture(path: str) -> Image.Image:
         raise ValueError(f"--image {error}; expected a whole PNG, JPEG, or other picture") from None
 
 
-FILE_NAME = re.compile(r'[^\0-\x1f/\\:*?"<>|\ud800-\udfff]{1,60}')  # as every system allows it, at most 240 bytes
+def names_a_file(name) -> bool:
+    """Whether every system can have a file of that name, with a suffix."""
+    if isinstance(name, bool) or not isinstance(name, int | str):
+        return False
+    letters = re.fullmatch(r'[^\0-\x1f/\\:*?"<>|\ud800-\udfff]+', str(name))
+    return letters is not None and len(str(name).encode()) <= 240
 
 
 def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
@@ -302,7 +309,7 @@ def read_prompts(path: Path) -> list[tuple[str, str, dict]]:
             name = lower.get("prompt_id", f"{len(prompts):05d}")
             if prompt is None:
                 raise ValueError(f'{where}: {json.dumps(record)[:60]}; expected JSON objects that have a "prompt"')
-            if isinstance(name, bool) or not isinstance(name, int | str) or not FILE_NAME.fullmatch(str(name)):
+            if not names_a_file(name):
                 raise ValueError(f"{where}: prompt_id is {json.dumps(name)[:60]}; expected what a file can be named after")
             prompts.append((str(name), prompt, record))
     if not prompts:

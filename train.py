@@ -173,10 +173,12 @@ def settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict]:
     metadata, tensors = read_safetensors(state)
     try:
         stored = json.loads(metadata["args"])
-        stored = vars(parse_args(["--out", args.out], stored))  # a run of old has not stored the flags of today
+        # a run of old has not stored the flags of today
+        stored = vars(parse_args(["--out", args.out], stored))
         json.loads(metadata["config"])["made_for"], int(metadata["step"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{state} is not the state of a training run ({type(error).__name__}: {error})") from None
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{state} is not the state of a training run ({why})") from None
     merged = parse_args(argv, stored)
     may_change = MAY_CHANGE | (MAY_MOVE if "data_fingerprint" in metadata else {"llm"})
     changed = [key for key, value in vars(merged).items() if key not in may_change and value != stored.get(key)]
@@ -191,7 +193,10 @@ def refuse_overwriting(out: str) -> None:
         raise ValueError(f"{out} already holds a run: --resume goes on with it, --out NAME starts another")
     for name in ("model.safetensors", "config.json"):  # of an LLM, say, or of a run that was downloaded
         if (Path(out) / name).exists():
-            raise ValueError(f"{out} already holds a {name}, which a run would overwrite; --out NAME names another folder")
+            raise ValueError(
+                f"{out} already holds a {name}, which a run would overwrite; "
+                "--out NAME names another folder"
+            )
 
 
 def build_expert(args: argparse.Namespace, llm: FrozenLLM, source) -> Tower:
