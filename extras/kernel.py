@@ -277,12 +277,8 @@ def launch(kernel, index: int, count: int, heads: int, *args) -> None:
         sizes["FLIP"] = flip[0]
     arguments = []
     for x in args:
-        if torch.is_tensor(x) and x.dim() == 4:  # a matrix of each head
-            if max(x.shape[1] * x.stride(1), x.shape[2] * x.stride(2)) >= 2**31:
-                raise ValueError(f"{tuple(x.shape)} with strides {x.stride()}: expected a row of "
-                                 "the batch to span less than 2^31 numbers; use SDPA")
-            x = x, *x.stride()[:3]
-        arguments.append(x)
+        is_matrix = torch.is_tensor(x) and x.dim() == 4
+        arguments.append((x, *x.stride()[:3]) if is_matrix else x)
     programs = triton.cdiv(count, sizes["BN" if flip else "BM"]) * heads * len(v)
     if programs:
         with torch.cuda.device_of(v):  # Triton launches on the current GPU, wherever tensors lie

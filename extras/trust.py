@@ -22,6 +22,9 @@ def kernel_attention(
     numbers = [len(range(n)) for n in sizes]  # in a graph with dynamic shapes they are symbols
     if not in_this_graph(img_q.device, img_q.dtype, *numbers):
         return None
+    for x in (img_q, img_k, img_v, txt_k, txt_v):  # the kernels count in 32 bits inside a row
+        if max(x.shape[1] * x.stride(1), x.shape[2] * x.stride(2)) >= 2**31:
+            return None
     from extras.fused import fused_attention, text_lengths
 
     return fused_attention(img_q, img_k, img_v, txt_k, txt_v, text_lengths(mask, txt_k))[0]

@@ -1,7 +1,7 @@
 """Compile the kernels for cards that are not here: a process of its own, because the tests'
 interprets them. Prints a JSON line: of each its shared memory, and its loops' spills.
 
-    python tests/ahead_of_time.py "[[90, 128], [86, 256]]"       # compute capability, head width
+    python tests/ahead_of_time.py "[[90, 128, 0], [86, 256, 2]]"     # capability, width, kernel
 """
 
 import json
@@ -105,15 +105,16 @@ def loops_of(code: list[tuple[str, list[int]]]) -> list[list[str]]:
 
 def main() -> None:
     report = []
-    for card, width in json.loads(sys.argv[1]):
-        for index, function in enumerate(KERNELS):
-            done = compiled_for(card, width, index)
-            loops = loops_of(instructions(done.asm["cubin"]))
-            spills = sum(bool(re.search(r"\b(LDL|STL)\b", x)) for loop in loops for x in loop)
-            report.append({"kernel": function.__name__, "card": card, "width": width,
-                           "shared": done.metadata.shared, "loops": len(loops),
-                           "instructions": [len(loop) for loop in loops],
-                           "spills in loops": spills})  # fmt: skip
+    for card, width, index in json.loads(sys.argv[1]):
+        done = compiled_for(card, width, index)
+        loops = loops_of(instructions(done.asm["cubin"]))
+        spills = 0
+        for loop in loops:
+            spills += sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in loop)
+        one = {"kernel": KERNELS[index].__name__, "card": card, "width": width}
+        one |= {"shared": done.metadata.shared, "loops": len(loops), "spills in loops": spills}
+        one["instructions"] = [len(loop) for loop in loops]
+        report.append(one)
     print(json.dumps(report))
 
 

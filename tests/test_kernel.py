@@ -1,6 +1,7 @@
 """The Triton kernel: in Triton's interpreter on a CPU, or on a GPU, against the definition in
 float64; and compiled ahead of time for the cards that are not here."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from conftest import random_expert
 
 pytest.importorskip("triton", reason="pip install -r requirements-dev.txt")
 
-from extras import fused, kernel, trust
+from extras import fused, trust
 from extras.fused import fused_attention, fused_attention_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,8 +106,11 @@ def errors_of(made, lengths) -> list[float]:
     return [relative(a, b) for a, b in zip([out, *ours], [expected, *theirs])]
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+CASES = [(shape, FIRST) for shape in SHAPES]
+CASES += [(shape, dtype) for dtype in BOUNDS for shape in SHAPES[4:6] if dtype != FIRST]
+
+
+@pytest.mark.parametrize("shape, dtype", CASES, ids=str)
 def test_kernel_equals_definition_with_gradients(shape, dtype):
     made, lengths = inputs(shape, dtype)
     errors = errors_of(made, lengths)
@@ -126,15 +130,15 @@ def test_queries_of_the_text_alone():
 
 def test_a_row_is_the_same_to_the_last_bit_whatever_stands_beside_it():
     """In another batch, at another place in it, with more padding, with garbage for padding."""
-    made, _ = inputs((3, 4, 2, 40, 70, 16, 16), FIRST)
+    made, _ = inputs((3, 2, 1, 40, 70, 16, 16), FIRST)
     lengths = torch.tensor([40, 7, 0], dtype=torch.int32, device=DEVICE)
-    do = torch.randn(3, 4, 70, 16).to(DEVICE, FIRST)
+    do = torch.randn(3, 2, 70, 16).to(DEVICE, FIRST)
     out, lse = fused_attention(*made, lengths)
     together = [out, *torch.autograd.grad(out, made, do)]
     for row in range(3):
         length = int(lengths[row])
         alone = [x.detach()[row : row + 1] for x in made]
-        longer = torch.full((1, 2, 90, 16), float("nan"), dtype=FIRST, device=DEVICE)
+        longer = torch.full((1, 1, 90, 16), float("nan"), dtype=FIRST, device=DEVICE)
         for i in (3, 4):
             padded = longer.clone()
             padded[:, :, :length] = alone[i][:, :, :length]
@@ -161,15 +165,14 @@ def test_text_gradients_are_computed_only_when_asked_for():
 
 def test_it_is_a_proper_operator():
     """torch's own checks: the fakes, the autograd registration, tracing with dynamic shapes."""
-    made, lengths = inputs(SHAPES[0], FIRST)
+    made, lengths = inputs((1, 2, 1, 3, 2, 8, 8), FIRST)
     torch.library.opcheck(fused_attention, (*made, lengths), rtol=1e-4, atol=1e-5)
 
 
-def test_what_32_bits_cannot_address_is_refused():
-    made, lengths = inputs(SHAPES[0], FIRST, requires_grad=False)
+def test_what_32_bits_cannot_address_is_sdpas(monkeypatch):
+    monkeypatch.setattr(trust, "in_this_graph", lambda *what: True)
     far = torch.empty(0, dtype=FIRST).as_strided((0, 2, 9, 8), (1, 8, 2**28, 1))
-    with pytest.raises(ValueError, match="expected a row of the batch to span less than 2"):
-        kernel.launch(kernel._forward, 0, 9, 2, far, *made[1:])
+    assert trust.kernel_attention(far, far, far, far, far, None) is None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -302,13 +305,12 @@ def test_a_card_that_emulates_bfloat16_takes_float32(monkeypatch):
     assert pick_dtype("auto", torch.device("cuda"))[0] == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
-def test_the_expert_with_the_kernel(kind, tiny_llm, monkeypatch):
+def test_the_expert_with_the_kernel(tiny_llm, monkeypatch):
     """Through the whole expert: the kernel and SDPA, eager and traced, the picture and every
     gradient, those of the text's gains too."""
-    llm = tiny_llm(kind)
+    llm = tiny_llm("qwen2")
     expert = random_expert(llm).to(DEVICE)
-    context = llm.context(["a red circle", "", "the heart is to the left of the gold ring"])
+    context = llm.context(["a red circle", "", "the heart is to the left"])
     context.keys = [x.to(DEVICE) for x in context.keys]
     context.values = [x.to(DEVICE) for x in context.values]
     context.lengths = context.lengths.to(DEVICE)
@@ -332,9 +334,12 @@ def test_the_expert_with_the_kernel(kind, tiny_llm, monkeypatch):
 
 ROOT = Path(__file__).parent.parent
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-EVERY = [(card, width) for card in SHARED_KB for width in (64, 128, 256)]
-# Cards of one line of the table are one code for Triton too: each line once, and each card once.
-SOME = [(80, 64), (86, 256), (120, 128), (90, 128), (90, 256), (100, 64)]
+EVERY = list(itertools.product(SHARED_KB, (64, 128, 256), (0, 1, 2)))  # card, width, kernel
+# A compilation takes a second or more. Each card has each kernel and each width once; together the
+# cards that share a table (80, 86 and 120) have all of it.
+SOME = [(80, 64, 0), (80, 128, 1), (80, 256, 2), (86, 256, 0), (86, 64, 1), (86, 128, 2)]
+SOME += [(120, 128, 0), (120, 256, 1), (120, 64, 2), (90, 256, 0), (90, 64, 1), (90, 128, 2)]
+SOME += [(100, 64, 0), (100, 128, 1), (100, 256, 2)]
 VARIANTS = EVERY if os.environ.get("KERNEL_EVERY_CARD") else SOME
 
 
@@ -347,7 +352,7 @@ def test_compiled_ahead_of_time_it_fits_every_card():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     compiled = json.loads(done.stdout)
-    assert len(compiled) == 3 * len(VARIANTS)
+    assert len(compiled) == len(VARIANTS)
     for one in compiled:
         assert 0 < one["shared"] <= 1024 * SHARED_KB[one["card"]], one
         assert one["loops"] > 0, one
