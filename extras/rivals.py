@@ -71,10 +71,10 @@ def sdpa_unpadded(q, k, v, txt_k, txt_v, lengths):
 
 
 def flex(q, k, v, txt_k, txt_v, lengths):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
     if not q.is_cuda:
         raise ValueError("its gradients are for GPUs")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     B, H, N, _ = q.shape
     T = txt_k.shape[2]
 
@@ -88,6 +88,8 @@ def flex(q, k, v, txt_k, txt_v, lengths):
 
 
 def varlen(q, k, v, txt_k, txt_v, lengths):
+    if not q.is_cuda:
+        raise ValueError("it is for GPUs")
     from torch.nn.attention.varlen import varlen_attn
 
     B, H, N, _ = q.shape

@@ -15,6 +15,7 @@ from attention import (
     text_mask,
 )
 from conftest import random_expert
+from extras import rivals
 from model import Context
 
 ROOT = Path(__file__).parent.parent
@@ -159,3 +160,27 @@ def test_the_core_imports_neither_triton_nor_an_extra_at_its_top(name):
             imported.append(line.module)
     assert imported
     assert not [module for module in imported if module.split(".")[0] in ("triton", "extras")]
+
+
+def test_the_rivals_compute_the_same():
+    """bench.py times them: each that runs here, and of the others a word why not. Two calls merged
+    by their log-sum-exps have exact gradients."""
+    tensors = made(T=16, N=20, dtype=torch.float32)
+    tensors[4] = tensors[4][..., :8]
+    tensors[2] = tensors[2][..., :8]  # SDPA's kernels want one width
+    image = [x.requires_grad_() for x in tensors[:3]]
+    ways, left_out = rivals.attention_ways(*tensors, torch.tensor([1, 7, 16]))
+    assert set(ways) | set(left_out) == set(rivals.RIVALS) and all(left_out.values())
+    if not torch.cuda.is_available():
+        assert set(left_out) == {"flex", "varlen", "kernel"}
+    do = torch.randn(3, 4, 20, 8, generator=torch.Generator().manual_seed(1))
+    results = {}
+    for name, call in ways.items():
+        out = call()
+        results[name] = [out, *torch.autograd.grad(out, image, do)]
+    for name in set(ways) - {"definition", "sdpa, no row padded"}:
+        for ours, exact in zip(results[name], results["definition"]):
+            assert (ours - exact).abs().max() < 1e-5, name
+    with torch.no_grad():
+        assert rivals.backend_of(ways["sdpa"]) == "flash"
+        assert rivals.backend_of(ways["definition"]) == "products"
