@@ -52,8 +52,8 @@ def test_cached_equals_joint(gguf):
 
 def test_it_trains_draws_and_rewrites_in_its_own_chat_template(gguf, tmp_path, capsys):
     run = str(tmp_path / "run")
-    train.main(["--llm", gguf, "--chat", "--steps", "20", "--batch-size", "16", "--width", "64", "--depth", "3", "--warmup", "5",
-                "--out", run, "--device", "cpu"])  # fmt: skip
+    size = ["--batch-size", "16", "--width", "64", "--depth", "3"]
+    train.main(["--llm", gguf, "--chat", "--steps", "20", "--warmup", "5", *size, "--out", run, "--device", "cpu"])
     expert = sample.load_expert(run, CPU)
     assert expert.made_for["template"].count("{}") == 1 and "<|im_start|>user" in expert.made_for["template"]
     words = ["--ckpt", run, "--prompt", "a red circle", "--steps", "4", "--out", str(tmp_path / "drawn")]

@@ -83,7 +83,10 @@ def test_every_bridge_resumes_bit_for_bit(name, dtype, llm_folder, tmp_path):
     steps(whole, 2)
     resumed = start("--resume", "--out", tmp_path / "whole")
     steps(resumed, 2)
-    pairs = [*zip(whole.expert.parameters(), resumed.expert.parameters()), *zip(whole.ema.parameters(), resumed.ema.parameters())]
+    pairs = [
+        *zip(whole.expert.parameters(), resumed.expert.parameters()),
+        *zip(whole.ema.parameters(), resumed.ema.parameters()),
+    ]
     differences = [(a - b).abs().max().item() for a, b in pairs]
     assert all(difference == 0 for difference in differences), f"largest difference {max(differences):.1e}"
 
@@ -123,7 +126,8 @@ def test_the_average_and_a_drawing_keep_no_graph(name, llm_folder, tmp_path):
 
 def test_pictures_drawn_alone_and_in_company(llm_folder, tmp_path):
     """What sample.draw says: one level of 255 in float32, a few in bfloat16, whose matrix kernels round otherwise."""
-    run = start("--llm", llm_folder("deep"), *FLAGS, "--dtype", "float32", "--steps", 60, "--lr", 0.01, "--out", tmp_path / "run")
+    flags = ["--llm", llm_folder("deep"), *FLAGS, "--dtype", "float32", "--steps", 60, "--lr", 0.01]
+    run = start(*flags, "--out", tmp_path / "run")
     steps(run, 40)
     prompts = [f"{word} {shape}" for word in ("a red", "two", "the blue") for shape in ("circle", "ring", "star", "heart")]
     for dtype, levels in ((torch.float32, 1), (torch.bfloat16, 12)):
