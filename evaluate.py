@@ -863,6 +863,11 @@ def race_picture(table: dict, folders: dict[str, Path], one: bool) -> Image.Imag
 # the command
 
 
+def seed_list(text: str) -> list[int]:
+    """argparse type: seeds with commas, each once."""
+    return list(dict.fromkeys(seed_number(part) for part in text.split(",")))
+
+
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command line, and with --race what of it is meant for train.py."""
     parser = OneLineParser(description="Score a run's pictures.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -892,11 +897,12 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         default=12,
         help="--race: how long the first of them trains; all see as many pictures",
     )
-    add("--seeds", default="0", help="--race: with commas")
+    add("--seeds", type=seed_list, default=[0], help="--race: with commas")
     add_thinking(parser)
     args, more = parser.parse_known_args(argv)
     if args.race:
-        args.race, args.seeds, args.rows = args.race.split(","), [seed_number(text) for text in args.seeds.split(",")], None
+        args.race = list(dict.fromkeys(args.race.split(",")))  # named twice, a run is still one run
+        args.rows = None
         return args, ["--device", args.device, "--dtype", args.dtype, *more]
     if more:
         parser.error(f"unrecognized arguments: {' '.join(more)}")

@@ -413,3 +413,8 @@ def test_the_race_goes_on_where_it_stopped(llm_folder, tmp_path, monkeypatch, ca
     assert "last:hidden-state=2" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         evaluate.main(["--ckpt", str(tmp_path), "--width", "3"])  # a flag of train.py means nothing without --race
+
+
+def test_what_is_named_twice_is_one_run():
+    args, _ = evaluate.parse_args(["--race", "mot,mot,lap", "--seeds", "1,1,2"])
+    assert args.race == ["mot", "lap"] and args.seeds == [1, 2]
