@@ -52,7 +52,7 @@ from cli import (
     write_whole,
 )
 from data import BACKGROUND, COLORS, PROMPTS, SHAPES, Emoji, Group, Scene, Shapes
-from intervals import difference, draw_anew, mean_of_rows, weighted_median, wilson
+from extras.intervals import difference, draw_anew, mean_of_rows, weighted_median, wilson
 from judge import BASIC_COLORS, Found, Verdict, basic_color, delta_e, judge, lab, learned_features, pixel_features, ranks
 from model import FrozenLLM, ImageExpert, load_llm
 from sample import (
@@ -486,7 +486,7 @@ def read_emoji_suite(
 
 def rank_scores(places: np.ndarray, candidates: int, *shared: list[str]) -> dict:
     """Shares of the first and the first five places and the median, each with a 95 % interval: a
-    bootstrap over the prompts, or over what they share (emoji, languages; see intervals.py)."""
+    bootstrap over the prompts, or over what they share (emoji, languages; see extras/intervals.py)."""
     rng = np.random.default_rng(0)
     weights = 1.0
     for labels in shared or [range(len(places))]:

@@ -16,7 +16,7 @@ import train
 from conftest import CPU
 from data import TEST_PROMPTS, Emoji, Shapes, Thing, draw_things, lay_out
 from evaluate import SUITES, Grade, grade, is_in, read_suite, ridge, tally
-from intervals import difference, mean_of_rows, wilson
+from extras.intervals import difference, mean_of_rows, wilson
 from judge import lab, learned_features, pixel_features, ranks
 from model import fingerprint, load_llm
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from intervals import (
+from extras.intervals import (
     RESAMPLES,
     Sample,
     difference_interval,
