@@ -16,7 +16,7 @@ import train
 from bridges import build_bridge
 from conftest import CPU, TINY_RUN, save_tiny_instruct_llm, save_tiny_llm
 from loading import check_same_llm
-from model import FrozenLLM, load_llm
+from model import FrozenLLM, load_llm, user_cache
 
 BIG = 3000.0  # activations of real LLMs: a few dimensions, the same for nearly all tokens
 
@@ -378,3 +378,16 @@ def test_one_long_prompt_costs_its_own_tokens(tmp_path):
     length = len(llm.tokenize("a red circle " * 400))
     assert [shape for shape in seen if shape[1] > 1000] == [(1, -(-length // 4) * 4)]
     assert [shape[0] for shape in seen if shape[1] < 100] == [32]
+
+
+def test_no_home(monkeypatch, tmp_path):
+    """A container with a user that the system does not know: with a place for caches named, or without."""
+
+    def unknown(kind):
+        raise RuntimeError("Could not determine home directory.")  # what pathlib raises then
+
+    monkeypatch.setattr(Path, "home", classmethod(unknown))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_cache() == tmp_path
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert user_cache().is_dir()
