@@ -55,7 +55,6 @@ from loading import (
     broken_file,
     check_tokenizer,
     check_weights,
-    fingerprint,  # noqa: F401
     layer_states,
     llm_identity,
     probe,

@@ -84,7 +84,7 @@ def draw(
     """A picture of each prompt, from the noise of its seed -> (prompts, height, width, C) uint8.
 
     A prompt and a seed give the same picture whatever else is drawn beside it: to rounding. In float32 that is at most one
-    level of 255; in bfloat16 matrix kernels sum in another order for another batch size, and single pixels differ by up to 7.
+    level of 255; in bfloat16 matrix kernels sum in another order for another batch size; up to 7 levels were seen.
     """
     shape, pictures = (expert.channels, expert.image_size, expert.image_size), []
     for start in range(0, len(prompts), batch_size):

@@ -10,7 +10,8 @@ from test_families import FAMILIES, LISTED_WITH, MORE, NOT_BUILT, REFUSED, Lette
 import train
 from bridges import BRIDGES, MirrorTower, build_bridge, count_parameters
 from conftest import CPU, DECODERS, TINY_RUN
-from model import FrozenEncoder, FrozenLLM, ImageExpert, fingerprint
+from loading import fingerprint
+from model import FrozenEncoder, FrozenLLM, ImageExpert
 from sample import draw, llm_of, load_expert
 
 CAPTIONS = ["a red circle", "the heart is to the left of the gold ring", ""]

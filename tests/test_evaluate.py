@@ -18,7 +18,8 @@ from data import TEST_PROMPTS, Emoji, Shapes, Thing, draw_things, lay_out
 from evaluate import SUITES, Grade, grade, is_in, read_suite, ridge, tally
 from extras.intervals import difference, mean_of_rows, wilson
 from judge import lab, learned_features, pixel_features, ranks
-from model import fingerprint, load_llm
+from loading import fingerprint
+from model import load_llm
 
 ROOT = Path(__file__).parent.parent
 ALL = {name: read_suite(name) for name in SUITES}

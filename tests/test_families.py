@@ -11,7 +11,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from conftest import random_expert
 from flow import euler_sample, flow_loss
-from model import FrozenLLM, fingerprint
+from loading import fingerprint
+from model import FrozenLLM
 
 SIZES = [  # (names of a size in the families' configurations, its tiny value); the first that matches counts
     (r"(num_|n_)?((en|de)coder_)?(hidden_)?layers?", 8),

@@ -8,13 +8,13 @@ import torch
 import transformers
 
 from conftest import CPU, DECODERS, random_expert, save_tiny_instruct_llm, save_tiny_llm
+from loading import fingerprint
 from model import (
     CACHE_FOLDER,
     ROWS,
     FrozenLLM,
     ImageExpert,
     file_sha256,
-    fingerprint,
     load_llm,
     patchify,
     text_layers,

@@ -19,7 +19,8 @@ import sample
 import train
 from conftest import CPU
 from flow import flow_loss
-from model import fingerprint, load_llm
+from loading import fingerprint
+from model import load_llm
 from sample import load_expert
 
 ROOT = Path(__file__).parent.parent
