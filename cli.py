@@ -1,4 +1,4 @@
-"""What all commands share: checked flags, the device, files never half written, errors in one line.
+"""What all commands share: errors in one line, checked flags, files never half written, grids.
 
 Every command begins with `cli.start()`, before it imports torch, and ends with
 `cli.one_line_errors(main)`. Between the two whatever goes wrong is one line on stderr and exit
@@ -11,14 +11,18 @@ Nothing heavy is imported here at the top: Ctrl-C must be caught while torch is 
 import argparse
 import math
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 TRACEBACK = "FROZEN_LLM_TRACEBACK"  # the environment variable that brings the traceback back
@@ -110,7 +114,9 @@ def flat(text: str) -> str:
     if inner:
         text += inner[-1].strip().rpartition("\n")[2]
     text = " ".join(text.split())
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    if len(text) > LONGEST:
+        text = text[: LONGEST - 1] + "…"
+    return text
 
 
 OUT_OF_MEMORY = (
@@ -165,7 +171,22 @@ class OneLineParser(argparse.ArgumentParser):
         return namespace, more
 
     def error(self, message: str) -> None:
+        if message.startswith("unrecognized arguments"):
+            message = _say_new_form(message)
         self.exit(2, f"{self.prog}: {flat(message)} (--help lists the flags)\n")
+
+
+def _say_new_form(message: str) -> str:
+    """A flag of an older version is answered with what it has become."""
+    try:
+        from extras.renamed import RENAMED
+    except ImportError:  # a copy of the core alone
+        return message
+    for word in message.split():
+        flag = word.partition("=")[0]
+        if flag in RENAMED:
+            return f"{flag} is now {RENAMED[flag]}"
+    return message
 
 
 def between(low: float, high: float, kind: type = float, expected: str = "") -> Callable:
@@ -210,6 +231,63 @@ def words(text: str) -> str:
         return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def colon_form(text: str, known: dict[str, tuple] | None = None, flag: str = "") -> tuple:
+    """A choice and its options: "lap:stride=1:per-layer".
+
+    -> "lap", {"stride": "1", "per_layer": True}: values are strings, True where there is none;
+    names have underscores, as argparse makes them. known: choice -> its options, as
+    they are typed; None for any. Where "" is among them, a part that is no option is a value:
+    "think:40" -> "think", {"": "40"}. ValueError, which names the `flag`, for what is not known.
+    """
+    said = f"{flag} {text}".strip()
+    name, *parts = re.split(r":(?![\\/])", text)  # not at the colon of C:\pictures
+    if known is not None and name not in known:
+        raise ValueError(f"{said}: expected one of {', '.join(known)}")
+    options = {}
+    for part in parts:
+        option, equals, value = part.partition("=")
+        if known is not None and option not in known[name]:
+            if equals or "" not in known[name]:
+                owns = ", ".join(filter(None, known[name])) or "none"
+                raise ValueError(f"{said}: {name} has no option {option!r}; it has {owns}")
+            value = option
+            option = ""
+        elif not equals:
+            value = True
+        if value == "":
+            raise ValueError(f"{said}: expected a value, as in {option or name}=VALUE")
+        key = option.replace("-", "_")
+        if key in options:
+            raise ValueError(f"{said}: expected {option or 'a value'} once, not twice")
+        options[key] = value
+    return name, options
+
+
+def data_form(text: str) -> tuple[str, dict]:
+    """--data -> a source's name and its options, or a folder, whose name may have colons."""
+    if Path(text).is_dir():
+        return text, {}
+    return colon_form(text, flag="--data")
+
+
+def guidance_form(text: str) -> tuple[float, tuple[float, float], bool]:
+    """argparse type: "3:from=0.2:to=0.8:renorm" -> scale, interval of t, whether to renorm."""
+    number = text.partition(":")[0]
+    scale = between(-1000, 1000)(number)
+    try:
+        _, options = colon_form(text, {number: ("from", "to", "renorm")})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    time = between(0, 1)
+    start = time(str(options.get("from", 0)))
+    end = time(str(options.get("to", 1)))
+    if start > end:
+        raise argparse.ArgumentTypeError(f"{text}: expected from= to be at most to=")
+    if options.get("renorm", True) is not True:
+        raise argparse.ArgumentTypeError(f"{text}: expected renorm without a value")
+    return scale, (start, end), "renorm" in options
+
+
 def pick_device(name: str):
     """ "auto" or a device's name -> the torch.device, and why."""
     import torch
@@ -241,7 +319,9 @@ def pick_dtype(name: str, device):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 emulates it
     else:
         fast = device.type == "cpu" and cpu.get("avx512_bf16")
-    return (torch.bfloat16, "fast here") if fast else (torch.float32, "bfloat16 is not fast here")
+    if fast:
+        return torch.bfloat16, "fast here"
+    return torch.float32, "bfloat16 is not fast here"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -341,3 +421,96 @@ class Locked:
 
     def __exit__(self, *error) -> None:
         self.file.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# grids of captioned pictures
+
+GRID_PROMPTS = 64  # that a grid shows, of each the first so many pictures, enlarged or reduced to
+GRID_PICTURES = 8  # such a side, and so many lines of the prompt: any number of any prompts gives
+GRID_SIDE = (128, 512)  # (least and most pixels) a grid that viewers open
+GRID_LINES = 6
+GRID_GAP = 8  # pixels between the cells; between the pictures of a cell half of it
+
+
+def captioned_grid(pictures, captions: list[str], columns: int = 4):
+    """pictures (prompts, n, height, width, 3) uint8 -> a PIL image.
+
+    A cell a prompt: its n pictures side by side, and the caption below them.
+    """
+    from PIL import Image, ImageDraw
+
+    pictures = pictures[:GRID_PROMPTS, :GRID_PICTURES]
+    captions = captions[:GRID_PROMPTS]
+    n, height, width = pictures.shape[1:4]
+
+    # small pictures are enlarged to whole multiples, large ones reduced
+    least, most = GRID_SIDE
+    scale = max(1, least // height)
+    resample = Image.Resampling.NEAREST
+    if height * scale > most:
+        scale = most / height
+    if scale < 1:
+        resample = Image.Resampling.LANCZOS
+    height = round(height * scale)
+    width = round(width * scale)
+    pitch = width + GRID_GAP // 2  # from one picture of a cell to the next
+    cell_width = n * pitch - GRID_GAP // 2
+
+    # the captions in lines of the cell's width, 7 pixels a letter, 15 a line
+    texts = []
+    line_length = max(12, cell_width // 7)
+    for caption in captions:
+        lines = textwrap.wrap(caption, line_length, max_lines=GRID_LINES, placeholder=" …")
+        texts.append(lines or ["(no prompt)"])
+    cell_height = height + 15 * max(map(len, texts)) + 4
+
+    # the sheet, and each cell on it
+    if n > 1:
+        columns = columns // 2
+    columns = max(1, min(columns, len(captions)))
+    rows = math.ceil(len(captions) / columns)
+    sheet_width = GRID_GAP + columns * (cell_width + GRID_GAP)
+    sheet_height = GRID_GAP + rows * (cell_height + GRID_GAP)
+    sheet = Image.new("RGB", (sheet_width, sheet_height), "white")
+    ink = ImageDraw.Draw(sheet)
+    for i, caption in enumerate(captions):
+        left = GRID_GAP + i % columns * (cell_width + GRID_GAP)
+        top = GRID_GAP + i // columns * (cell_height + GRID_GAP)
+        for k, picture in enumerate(pictures[i]):
+            shown = Image.fromarray(picture).resize((width, height), resample)
+            sheet.paste(shown, (left + k * pitch, top))
+        text = "\n".join(texts[i])
+        font = caption_font(caption, 12)
+        ink.multiline_text((left, top + height + 2), text, fill="black", font=font, spacing=3)
+    return sheet
+
+
+def caption_font(text: str, size: int):
+    """A system font that has the letters of a text, if there is one (a PIL font)."""
+    unusual = set()
+    for letter in text:
+        if ord(letter) > 0x24F and letter.isprintable():  # beyond Latin Extended-B
+            unusual.add(letter)
+    return _font(size, "".join(sorted(unusual)[:4]))
+
+
+@lru_cache(maxsize=64)
+def _font(size: int, unusual: str):
+    from PIL import ImageFont
+
+    names = ["DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf"]
+    if unusual:  # ask fontconfig, where there is one, for a font that has these letters
+        codes = " ".join(f"{ord(letter):x}" for letter in unusual)
+        command = ["fc-match", "-f", "%{file}", f"sans:charset={codes}"]
+        try:
+            found = subprocess.run(command, capture_output=True)
+            names.insert(0, os.fsdecode(found.stdout))
+        except OSError:
+            pass
+    for name in names:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
