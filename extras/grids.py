@@ -1,0 +1,105 @@
+"""Tables of small pictures: lines with titles, in blocks side by side, each picture with a text.
+
+cli.py's captioned_grid shows what a run has drawn; here is what compares: right and wrong, one run
+beside another, one bridge below another.
+"""
+
+import unicodedata
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from cli import caption_font
+
+Cell = tuple[np.ndarray, str, bool | None]  # picture (height, width, 3), text, whether it is right
+
+SIDE = 72  # of a picture, in pixels
+COLUMN = 116  # a picture and the gap to the next
+TEXT_HEIGHT = 36
+TITLE_HEIGHT = 20
+GAP = 6
+GREEN = (40, 150, 60)
+RED = (200, 50, 50)
+GREY = (90, 90, 90)
+
+
+def picture_table(blocks: list[tuple[str, dict[str, list[Cell]]]]) -> Image.Image:
+    """Lines of small pictures with a title each, in blocks side by side.
+
+    blocks: name, title -> cells. A frame is green where the picture is right, red where it is not,
+    and there is none for None.
+    """
+    # as wide as the longest line, as high as the block with the most lines
+    columns = 0
+    rows = 0
+    for _, lines in blocks:
+        for line in lines.values():
+            columns = max(columns, len(line))
+        rows = max(rows, len(lines))
+    block_width = columns * COLUMN + 16
+    row_height = TITLE_HEIGHT + GAP + SIDE + TEXT_HEIGHT
+    size = (GAP + block_width * len(blocks), TITLE_HEIGHT + rows * row_height)
+    image = Image.new("RGB", size, "white")
+    ink = ImageDraw.Draw(image)
+
+    for k, (name, lines) in enumerate(blocks):
+        left = GAP + k * block_width
+        ink.text((left, 2), name, fill="black", font=caption_font(name, 13))
+        for r, (title, line) in enumerate(lines.items()):
+            top = TITLE_HEIGHT + r * row_height
+            ink.text((left, top), title, fill=GREY, font=caption_font(title, 12))
+            for c, cell in enumerate(line):
+                _paste_cell(image, left + c * COLUMN, top + TITLE_HEIGHT, cell)
+    return image
+
+
+def _paste_cell(image: Image.Image, x: int, y: int, cell: Cell) -> None:
+    picture, text, right = cell
+    ink = ImageDraw.Draw(image)
+    if right is not None:
+        frame = (x, y, x + SIDE + 3, y + SIDE + 3)
+        ink.rectangle(frame, fill=GREEN if right else RED)
+    enlarged = Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    image.paste(enlarged, (x + 2, y + 2))
+    write_small(ink, (x, y + SIDE + 5), text, COLUMN - 6, lines=3)
+
+
+def spread(n: int, k: int) -> list[int]:
+    """k of n places, evenly spread, the first among them."""
+    k = min(n, k)
+    return [i * n // k for i in range(k)]
+
+
+def write_small(
+    ink: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, lines: int
+) -> None:
+    """A prompt, broken into lines between words, or inside a word that is too long."""
+    text = _spell_emoji(text)
+    font = caption_font(text, 10)
+    done = []
+    now = ""
+    for character in text:
+        if character == "\n":
+            done.append(now)
+            now = ""
+            continue
+        if ink.textlength(now + character, font) > width:
+            head, space, tail = now.rpartition(" ")
+            if space:
+                done.append(head)
+                now = tail
+            else:
+                done.append(now)
+                now = ""
+        now += character
+    shown = [*done, now][:lines]
+    ink.multiline_text(place, "\n".join(shown), fill="black", font=font, spacing=1)
+
+
+def _spell_emoji(text: str) -> str:
+    """Few fonts have emoji beside letters: their names in brackets."""
+    for character in dict.fromkeys(text):
+        if ord(character) >= 0x1F000 or 0x2B00 <= ord(character) < 0x2C00:
+            name = unicodedata.name(character, f"U+{ord(character):X}").lower()
+            text = text.replace(character, f"[{name}]")
+    return text
