@@ -96,12 +96,12 @@ def matrix_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     """SDPA written out, for training on a CPU: half the time of SDPA's forward and backward there
     (at N = 16 and 64). q (B, G, R, Dk), k (B, G, S, Dk), v (B, G, S, Dv) -> (B, G, R, Dv)."""
     B, G, R, Dk = q.shape
-    hidden = q.new_zeros(1, 1, 1)
+    bias = q.new_zeros(1, 1, 1)
     if mask is not None:
-        hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-        hidden = hidden.expand(B, G, 1, -1).flatten(0, 1)  # (B G, 1, S)
-    keys = k.flatten(0, 1).transpose(1, 2)
-    scores = torch.baddbmm(hidden, q.flatten(0, 1), keys, alpha=Dk**-0.5)
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        bias = bias.expand(B, G, 1, -1).flatten(0, 1)  # (B G, 1, S)
+    keys = k.flatten(0, 1).transpose(1, 2)  # (B G, Dk, S)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), keys, alpha=Dk**-0.5)
     return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).unflatten(0, (B, G))
 
 
@@ -112,7 +112,7 @@ def text_mask(lengths: Tensor, T: int, S: int) -> Tensor:
     return ((place < lengths[:, None]) | (place >= T))[:, None, None, :]
 
 
-# Compute capabilities where `bench.py attention` has shown the kernel to be faster. None so far.
+# Compute capabilities where `python -m extras.bench attention` has shown the kernel to be faster. None so far.
 MEASURED: set[tuple[int, int]] = set()
 
 

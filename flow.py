@@ -2,13 +2,14 @@
 
 Convention, used everywhere: **t = 0 is noise, t = 1 is data**.
 
-    x_t = (1 - t) noise + t data        a straight path        (Liu et al. 2022, Rectified Flow, eq. 1)
-    v   = data - noise                  its velocity
-    x  += (t' - t) v(x, t)              the Euler step, t from 0 up to 1
+    x_t = (1 - t) noise + t data     a straight path     (Liu et al. 2022, Rectified Flow, eq. 1)
+    v   = data - noise               its velocity
+    x  += (t' - t) v(x, t)           the Euler step, t from 0 up to 1
 
 (BAGEL writes it the other way round: its t = 1 is noise and its velocity is noise - data.)
 
-`predict(x_t, t, context) -> v` is any network: x_t (B, C, height, width), t (B,), v like x_t. This file knows none.
+`predict(x_t, t, context) -> v` is any network: x_t (B, C, height, width), t (B,), v like x_t. This
+file knows none.
 """
 
 from collections.abc import Callable
@@ -19,13 +20,17 @@ from torch import Tensor
 
 
 def sample_time(n: int, mean: float, std: float, generator: torch.Generator) -> Tensor:
-    """(n,) times from a logit-normal, sigmoid(mean + std z): most of them in the middle, where the work is.
+    """(n,) times from a logit-normal, sigmoid(mean + std z): most of them in the middle, where the
+    work is (Esser et al. 2024, Stable Diffusion 3, section 3.1).
 
-    (Esser et al. 2024, Stable Diffusion 3, section 3.1.) A negative mean leans to the noisy side, where the layout of a
-    picture is decided. Drawn as n quantile strata of equal mass, shuffled: the same law, less variance in a batch.
+    A negative mean leans to the noisy side, where the layout of a picture is decided. Drawn as n
+    quantile strata of equal mass, shuffled: the same law, less variance in a batch.
     """
-    strata = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
-    return torch.sigmoid(mean + std * torch.special.ndtri(strata.clamp(1e-4, 1 - 1e-4)))
+    order = torch.randperm(n, generator=generator)
+    within = torch.rand(n, generator=generator)
+    quantiles = ((order + within) / n).clamp(1e-4, 1 - 1e-4)
+    z = torch.special.ndtri(quantiles)  # standard normal
+    return torch.sigmoid(mean + std * z)
 
 
 def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -40,11 +45,27 @@ def flow_loss(predict: Callable, data: Tensor, noise: Tensor, t: Tensor, context
     return (v.float() - (data - noise)).square().mean(dim=(1, 2, 3))
 
 
-def guide(v_cond: Tensor, v_uncond: Tensor, scale: float, renorm: bool) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022, eq. 6): away from what the network would draw for no caption.
+NEAREST = 0.05  # of 1 - t: the division below is 0 / 0 at t = 1
 
-    renorm shrinks the result to the length of v_cond where it is longer, picture by picture, which keeps strong guidance
-    from over-saturating (as in BAGEL, whose global norm would let the pictures of a batch disturb each other).
+
+def to_velocity(clean: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The velocity at x_t of a network that says what the clean picture is (Li & He 2025, JiT).
+
+        x_t      = (1 - t) noise + t data
+        noise    = (x_t - t data) / (1 - t)
+        velocity = data - noise = (data - x_t) / (1 - t)
+    """
+    remaining = (1 - t).clamp_min(NEAREST).view(-1, 1, 1, 1)
+    return (clean - x_t) / remaining
+
+
+def guide(v_cond: Tensor, v_uncond: Tensor, scale: float, renorm: bool) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6): away from what the network would draw
+    for no caption.
+
+    renorm shrinks the result to the length of v_cond where it is longer, picture by picture, which
+    keeps strong guidance from over-saturating (as in BAGEL, whose global norm would let the
+    pictures of a batch disturb each other).
     """
     v = v_uncond + scale * (v_cond - v_uncond)
     if not renorm:
@@ -68,18 +89,21 @@ def euler_sample(
 ) -> Tensor:
     """Integrate dx/dt = v from noise at t = 0 to a picture at t = 1 with `steps` Euler steps.
 
-    noise (B, C, height, width). Guidance needs uncond_context (of the empty prompt) and is applied for t in interval;
-    both branches go through the network as one batch: `context.concat(uncond_context)`. shift > 1 spends more of the
-    steps near the noise: with s = 1 - t, s -> shift s / (1 + (shift - 1) s) (Esser et al. 2024, eq. 23).
+    noise (B, C, height, width). Guidance needs uncond_context (of the empty prompt) and is applied
+    for t in interval; both branches go through the network as one batch:
+    `context.concat(uncond_context)`. shift > 1 spends more of the steps near the noise: with
+    s = 1 - t, s -> shift s / (1 + (shift - 1) s) (Esser et al. 2024, eq. 23).
     """
-    remaining = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    times = (1 - shift * remaining / (1 + (shift - 1) * remaining)).tolist()
+    s = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    times = (1 - shift * s / (1 + (shift - 1) * s)).tolist()
     both = context.concat(uncond_context) if guidance != 1 else None
     x = noise
     for now, then in pairwise(times):
-        if both is not None and interval[0] <= now <= interval[1]:
+        guided = both is not None and interval[0] <= now <= interval[1]
+        if guided:
             t = torch.full((2 * len(x),), now, dtype=x.dtype, device=x.device)
-            v = guide(*predict(torch.cat([x, x]), t, both).chunk(2), guidance, renorm)
+            v_cond, v_uncond = predict(torch.cat([x, x]), t, both).chunk(2)
+            v = guide(v_cond, v_uncond, guidance, renorm)
         else:
             t = torch.full((len(x),), now, dtype=x.dtype, device=x.device)
             v = predict(x, t, context)
