@@ -63,7 +63,8 @@ def _from_records(path: Path) -> list[tuple[str, str, dict]]:
             raise ValueError(f'{where}: {said}; expected JSON objects that have a "prompt"')
         if not names_a_file(name):
             said = json.dumps(name)[:60]
-            raise ValueError(f"{where}: prompt_id is {said}; expected what a file can be named after")
+            expected = "expected what a file can be named after"
+            raise ValueError(f"{where}: prompt_id is {said}; {expected}")
         prompts.append((str(name), prompt, record))
     return prompts
 
