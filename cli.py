@@ -324,6 +324,22 @@ def pick_dtype(name: str, device):
     return torch.float32, "bfloat16 is not fast here"
 
 
+def peak_memory(device) -> str:
+    """The most memory that this process has held so far, in GB: "1.2 GB (3.4 GB on the GPU)"."""
+    import torch
+
+    try:
+        import resource
+    except ImportError:
+        return "unknown"  # Windows
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # Macs count bytes, Linux kilobytes
+    said = f"{most / unit:.1f} GB"
+    if device.type == "cuda":
+        said += f" ({torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU)"
+    return said
+
+
 # --------------------------------------------------------------------------------------------------
 # folders and files
 

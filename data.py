@@ -11,6 +11,7 @@ What every source offers, and all that training asks of it:
     prompts                 a few captions, for the grids of samples
     about()                 what it holds and what it leaves out, in a line
     fingerprint()           a hash of what it holds; None if the code alone says it
+    made_for                what a checkpoint keeps of its options
 
 An example depends on the seed and the index alone, so that a resumed run sees what it would have
 seen. With `draws` above one, one reading of the caption by the LLM serves several pictures.
@@ -354,6 +355,7 @@ class Shapes:
         self.image_size = image_size
         self.seed = seed
         self.one_object = one_object
+        self.made_for = {"one_object": True} if one_object else {}
 
     def about(self) -> str:
         what = "one coloured shape" if self.one_object else "coloured shapes"

@@ -29,6 +29,8 @@ class Folder:
     `skipped`. ValueError if none is left.
     """
 
+    made_for = {}  # it has no options
+
     def __init__(self, root: str | Path, image_size: int, seed: int = 0):
         self.root = Path(root)
         self.image_size = image_size
