@@ -1,14 +1,98 @@
-"""Joint attention of the same tensors in all the ways that one could choose: for bench.py."""
+"""Joint attention of the same tensors in all the ways that one could choose, and what each takes:
+`python -m extras.bench attention`.
+"""
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import hybrid_mask, joint_attention, joint_attention_definition, text_mask
+from extras.timing import timed
 
 aten = torch.ops.aten
+
+HEADS = {  # H query heads, G key/value heads, D = Dk = Dv
+    "Qwen2.5-0.5B": (14, 2, 64),
+    "gemma-3-270m": (4, 1, 256),
+    "Llama-3-8B": (32, 8, 128),
+}
+MOST_TOKENS = 65_536  # of the images of a batch
+
+
+def bench_attention(args, device: torch.device, dtype: torch.dtype, peak: float) -> list[dict]:
+    """Forward and backward of the same attention in all ways, over a grid of sizes."""
+    gpu = device.type == "cuda"
+    batch_sizes = (1, 16, 64) if gpu else (4,)
+    texts = (16, 64, 512) if gpu else (16, 64)
+    images = (64, 256, 1024, 4096) if gpu else (16, 64, 256)
+    rows = []
+    told = set()
+    for heads, B, T, N in itertools.product(HEADS, batch_sizes, texts, images):
+        if N * B > MOST_TOKENS:
+            continue
+        sizes = (*HEADS[heads], B, T, N)
+        these, left_out = time_attention(sizes, args.seconds, device, dtype, peak)
+        for way, why in left_out.items():
+            if (way, why) not in told:
+                told.add((way, why))
+                print(f"left out from heads {heads}, T {T}, N {N}, B {B} on: {way} ({why})")
+        for row in these:
+            rows.append({"heads": heads, "T": T, "N": N, "B": B, **row})
+    return rows
+
+
+def time_attention(
+    sizes: tuple, seconds: float, device: torch.device, dtype: torch.dtype, peak: float
+) -> tuple[list[dict], dict[str, str]]:
+    """One row a way for tensors of these sizes (H, G, D, B, T, N); and of the ways that do not go,
+    why."""
+    H, G, D, B, T, N = sizes
+    torch.manual_seed(0)
+    image = []
+    for heads in (H, G, G):
+        x = torch.randn(B, N, heads, D, device=device, dtype=dtype).transpose(1, 2)
+        image.append(x.requires_grad_())
+    text = []
+    for _ in range(2):
+        text.append(torch.randn(B, T, G, D, device=device, dtype=dtype).transpose(1, 2))
+    lengths = torch.randint(T // 2, T + 1, (B,), device=device)
+    ways, left_out = attention_ways(*image, *text, lengths)
+    grad = torch.randn(B, H, N, D, device=device, dtype=dtype)
+
+    def backward(way: Callable) -> None:
+        torch.autograd.grad(way(), image, grad)
+
+    with torch.no_grad():
+        backends = {name: backend_of(way) for name, way in ways.items()}
+        forward = timed(ways, device, seconds)
+    both = timed({name: partial(backward, way) for name, way in ways.items()}, device, seconds)
+
+    # what has to be computed, and to be moved at least: each number read once, written once
+    seen = lengths.sum().item() + B * N
+    flops = 4 * H * N * D * seen
+    moved = dtype.itemsize * D * (2 * B * H * N + 2 * G * seen)
+    rows = []
+    for way in ways:
+        ms = forward[way]["ms"]
+        rows.append(
+            {
+                "way": way,
+                "backend": backends[way],
+                "forward ms": ms,
+                "forward+backward ms": both[way]["ms"],
+                "spread": forward[way]["spread"],
+                "TFLOP/s": flops / ms / 1e9,
+                "of peak": flops / ms / 1e9 / peak,
+                "least GB/s": moved / ms / 1e6,
+                "sdpa / this": forward["sdpa"]["ms"] / ms,
+                "sdpa / this, both": both["sdpa"]["ms"] / both[way]["ms"],
+            }
+        )
+    return rows, left_out
 
 
 def attention_ways(
