@@ -1,4 +1,5 @@
-"""Every causal-LM family that the installed transformers knows, tiny and random: it draws, or is refused for a known reason."""
+"""Every causal-LM family that the installed transformers knows, tiny and random: it draws, or is
+refused for a known reason."""
 
 import re
 from contextlib import suppress
@@ -11,19 +12,32 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from conftest import random_expert
 from flow import euler_sample, flow_loss
-from loading import fingerprint
-from model import FrozenLLM
+from inspection import fingerprint
+from llm import FrozenLLM
 
-SIZES = [  # (names of a size in the families' configurations, its tiny value); the first that matches counts
+# (names of a size in the families' configurations, its tiny value); the first that matches counts
+SIZES = [
     (r"(num_|n_)?((en|de)coder_)?(hidden_)?layers?", 8),
     (r"(num_|n_)?((en|de)coder_)?(attention_)?heads?", 4),
     (r"num_(key_value|kv)_heads|num_query_groups", 2),
     (r"(num|n_routed|num_local|moe_num)_experts", 4),
-    (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|n_group|num_expert_group|topk_group", 2),
-    (r"hidden_size|d_model|n_embd|emb_dim|word_embed_proj_dim|embedding_(size|dim)|attention_hidden_size|lru_width|dim", 32),
+    (
+        r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|n_group|num_expert_group"
+        r"|topk_group",
+        2,
+    ),
+    (
+        r"hidden_size|d_model|n_embd|emb_dim|word_embed_proj_dim|embedding_(size|dim)"
+        r"|attention_hidden_size|lru_width|dim",
+        32,
+    ),
     (r".*(intermediate_size|ffn_dim|ffn_hidden_size|feed_forward_size)|dim_ff|dff|d_inner", 48),
     (r"vocab_size.*|.*vocab_size", 300),
-    (r"max_.*(positions|position_embeddings|seq_len|sequence_length)|n_positions|n_ctx|context_length|model_max_length", 64),
+    (
+        r"max_.*(positions|position_embeddings|seq_len|sequence_length)|n_positions|n_ctx"
+        r"|context_length|model_max_length",
+        64,
+    ),
     (r"(attention_)?head_dim|d_head|dim_head|attention_head_size|kv_channels", 16),
     (r"qk_(rope|nope)_head_dim|rotary_dim|hidden_size_per_layer_input", 8),
     (r"v_head_dim", 12),
@@ -38,8 +52,17 @@ MORE = {  # what the rules above leave at odds
     "bamba": {"attn_layer_indices": [1, 5]},
     "blenderbot": {"encoder_layers": 8},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
-    "gemma3n_text": {"num_kv_shared_layers": 3, "layer_types": ["sliding_attention", "full_attention"] * 4},
+    "dots1": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+    },
+    "gemma3n_text": {
+        "num_kv_shared_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 4]]},
     "granitemoehybrid": {"layer_types": HYBRID},
     "helium": {"head_dim": 8},
@@ -53,12 +76,27 @@ MORE = {  # what the rules above leave at odds
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"n_groups": 1, "layers_block_type": ["mamba", "attention"] * 4},
-    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32,
-                       "indexer_compress_ratio": 1, "ngram_vocab_size_base": 300},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 32,
+        "indexer_compress_ratio": 1,
+        "ngram_vocab_size_base": 300,
+    },
     "xlnet": {"d_head": 8},
-    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "attn_layer_period": 2, "attn_layer_offset": 1},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 4, "attention_hidden_size": 64, "n_mamba_heads": 4},
-}  # fmt: skip
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 4,
+        "attention_hidden_size": 64,
+        "n_mamba_heads": 4,
+    },
+}
 
 
 class Letters:
@@ -75,7 +113,9 @@ def tiny_config(kind: type, **more):
     default = kind()
     values = default.to_dict()
     small = {
-        name: tiny_config(type(getattr(default, name))) for name in kind.sub_configs if getattr(default, name, None) is not None
+        name: tiny_config(type(getattr(default, name)))
+        for name in kind.sub_configs
+        if getattr(default, name, None) is not None
     }
     for name, value in values.items():
         size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
@@ -105,19 +145,24 @@ def tiny_model(family: str, **more):
 
 
 REFUSED = {  # families that no image can attend to, and what the user is told
-    "is not causal": "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
-                     "roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl",
-    "keeps no key-value cache": "cpmant dory falcon_mamba gemma4_unified_assistant inkling2_loop_text longcat_flash mamba "
-                                "mamba2 minimax openai-gpt rwkv xlnet xlstm xmod",
+    "is not causal": "bert bert-generation big_bird camembert data2vec-text electra ernie "
+    "megatron-bert rembert roberta roberta-prelayernorm roc_bert roformer xlm xlm-roberta "
+    "xlm-roberta-xl",
+    "keeps no key-value cache": "cpmant dory falcon_mamba gemma4_unified_assistant "
+    "inkling2_loop_text longcat_flash mamba mamba2 minimax openai-gpt rwkv xlnet xlstm xmod",
     "neither stay nor turn by a known law": "deepseek_v4",  # its values turn too
-}  # fmt: skip
-NOT_BUILT = {  # families that AutoModelForCausalLM does not build from a small configuration, so that nothing is known of them
-    "parts that must fit each other": "dots3_note dots3_note_text gemma4_assistant qwen4_exp reformer",
+}
+# families that AutoModelForCausalLM does not build from a small configuration, so that nothing is
+# known of them
+NOT_BUILT = {
+    "parts that must fit each other": "dots3_note dots3_note_text gemma4_assistant qwen4_exp "
+    "reformer",
     "another package (timm)": "gemma3n",
     "errors of the library itself": "cohere_compass_text dbrx musicgen musicgen_melody",
     "parts that are never small": "blt",
 }
-LISTED_WITH = "5.24."  # of transformers; a family that fails in another version is reported, and no failure
+# of transformers; a family that fails in another version is reported, and no failure
+LISTED_WITH = "5.24."
 CAPTIONS = ["a red circle", "", "two", "the ring is left of it"]
 
 
@@ -126,7 +171,8 @@ def listed(family: str, lists: dict[str, str]) -> str | None:
 
 
 def draws(family: str) -> None:
-    """Two steps of training and a drawing; the LLM is what it was; a batch is what its rows are alone."""
+    """Two steps of training and a drawing; the LLM is what it was; a batch is what its rows are
+    alone."""
     llm = FrozenLLM(tiny_model(family, **MORE.get(family, {})), Letters(), family)
     before = fingerprint(llm.model)
     expert = random_expert(llm)
@@ -138,7 +184,9 @@ def draws(family: str) -> None:
         optimizer.step()
         assert loss.isfinite() and all(p.grad.isfinite().all() for p in expert.parameters())
         optimizer.zero_grad()
-    assert fingerprint(llm.model) == before and not any(p.requires_grad for p in llm.model.parameters())
+    assert fingerprint(llm.model) == before and not any(
+        p.requires_grad for p in llm.model.parameters()
+    )
     with torch.no_grad():
         drawn = euler_sample(expert, noise, llm.context(CAPTIONS), 2)
         for i, caption in enumerate(CAPTIONS):
@@ -173,25 +221,43 @@ def test_family(family):
     except Exception as error:
         if transformers.__version__.startswith(LISTED_WITH):
             raise
-        pytest.xfail(f"{family} in transformers {transformers.__version__}: {type(error).__name__}: {error}")
+        pytest.xfail(
+            f"{family} in transformers {transformers.__version__}: {type(error).__name__}: {error}"
+        )
     if reason := listed(family, NOT_BUILT):
         pytest.skip(f"not built: {reason}")
 
 
 def test_at_least_a_hundred_families():
-    refused = [family for lists in (REFUSED, NOT_BUILT) for names in lists.values() for family in names.split()]
+    refused = [
+        family
+        for lists in (REFUSED, NOT_BUILT)
+        for names in lists.values()
+        for family in names.split()
+    ]
     assert len(refused) == len(set(refused)) and len(set(FAMILIES) - set(refused)) >= 100
     if transformers.__version__.startswith(LISTED_WITH):  # what README says
         assert (len(FAMILIES), len(set(FAMILIES) - set(refused))) == (196, 154)
 
 
-@pytest.mark.parametrize("family, turning, layout", [  # how many dimensions turn in each layer, and the first three
-    ("llama", [16] * 8, [0, 1, 2]), ("gptj", [8] * 8, [0, 2, 4]), ("gpt_neox", [2] * 8, [0, 1, 2]), ("glm", [8] * 8, [0, 2, 4]),
-    ("deepseek_v3", [8] * 8, [16, 17, 18]), ("smollm3", [8, 8, 8, 0] * 2, [0, 1, 2]), ("opt", [0] * 8, [0, 1, 2]),
-    ("cohere2", [16, 16, 16, 0] * 2, [0, 2, 4]), ("mpt", [0] * 8, [0, 1, 2]), ("qwen3_next", [4] * 2, [0, 1, 2]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, turning, layout",
+    [  # how many dimensions turn in each layer, and the first three
+        ("llama", [16] * 8, [0, 1, 2]),
+        ("gptj", [8] * 8, [0, 2, 4]),
+        ("gpt_neox", [2] * 8, [0, 1, 2]),
+        ("glm", [8] * 8, [0, 2, 4]),
+        ("deepseek_v3", [8] * 8, [16, 17, 18]),
+        ("smollm3", [8, 8, 8, 0] * 2, [0, 1, 2]),
+        ("opt", [0] * 8, [0, 1, 2]),
+        ("cohere2", [16, 16, 16, 0] * 2, [0, 2, 4]),
+        ("mpt", [0] * 8, [0, 1, 2]),
+        ("qwen3_next", [4] * 2, [0, 1, 2]),
+    ],
+)
 def test_rotary_layouts(family, turning, layout):
-    """Halves, pairs, a part of the width, its end, layers without rotation, hybrids, absolute positions and ALiBi."""
+    """Halves, pairs, a part of the width, its end, layers without rotation, hybrids, absolute
+    positions and ALiBi."""
     llm = FrozenLLM(tiny_model(family, **MORE.get(family, {})), Letters(), family)
     assert [2 * len(rotary.frequencies) for rotary in llm.rotary] == turning
     assert llm.rotary[0].order[:3].tolist() == layout
