@@ -21,6 +21,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +96,8 @@ TEST_PROMPTS = _read_test_prompts()
 
 # Never in a training caption either: a tenth of the pairs, of which names of one and the same RGB
 # fall together, and a tenth of the triples.
-_PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
-_TRIPLES = [(a, relation, b) for a in SHAPES for relation in RELATIONS for b in SHAPES]
+_PAIRS = list(product(COLORS, SHAPES))
+_TRIPLES = list(product(SHAPES, RELATIONS, SHAPES))
 _held_out_rgb = hashed_tenth({(COLORS[color], shape) for color, shape in _PAIRS})
 _held_out_triples = hashed_tenth({canonical_triple(*triple) for triple in _TRIPLES})
 HELD_OUT_PAIRS = frozenset(pair for pair in _PAIRS if (COLORS[pair[0]], pair[1]) in _held_out_rgb)

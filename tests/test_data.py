@@ -1,5 +1,6 @@
 """The built-in sources: what the shapes' captions hold and what they must never hold; the emoji."""
 
+import hashlib
 import re
 
 import numpy as np
@@ -14,8 +15,11 @@ from data import (
     HELD_OUT_TRIPLES,
     RELATIONS,
     SHAPES,
+    Group,
+    Scene,
     Shapes,
-    emoji_font,
+    draw_things,
+    lay_out,
     open_source,
 )
 
@@ -42,11 +46,16 @@ def test_no_held_out_pair_or_triple_in_the_stream(examples, captions):
     after = re.compile(rf"\b({color})(?:[ -]colored)? ({noun})")
     before = re.compile(rf"\b({noun})(?:,| that is| colored| in| of| is| painted) ({color})\b")
     color_of = re.compile(rf"the color of the (?:small |large )?({noun}) is ({color})$")
-    words = {"left of": "left of|left side of", "right of": "right of|right side of", "above": "above|over|higher than",
-             "below": "below|under|beneath|underneath"}  # fmt: skip
+    words = {
+        "left of": "left of|left side of",
+        "right of": "right of|right side of",
+        "above": "above|over|higher than",
+        "below": "below|under|beneath|underneath",
+    }
     pairs = triples = 0
     for caption in captions:
-        found = after.findall(caption) + [(c, s) for s, c in before.findall(caption) + color_of.findall(caption)]
+        found = after.findall(caption)
+        found += [(c, s) for s, c in before.findall(caption) + color_of.findall(caption)]
         pairs += len(found)
         assert not [pair for pair in found if pair in HELD_OUT_PAIRS], caption
         for relation, forms in words.items():
@@ -58,13 +67,16 @@ def test_no_held_out_pair_or_triple_in_the_stream(examples, captions):
                 triples += 1
                 assert (nouns[0], relation, nouns[1]) not in HELD_OUT_TRIPLES, (caption, inverted)
     related = sum(scene.relation is not None for _, scene in examples)
-    assert pairs > N and triples == related > N / 5, f"the patterns must find every relation: {pairs} pairs, {triples} triples"
+    said = f"the patterns must find every relation: {pairs} pairs, {triples} triples"
+    assert pairs > N and triples == related > N / 5, said
 
 
 def test_captions_are_plain_english(captions):
     text = "\n".join(captions)
-    assert set(text) <= set("abcdefghijklmnopqrstuvwxyz ,-234\n"), "English words only: no hex code, no emoji, no other script"
-    for word in (*SHAPES, *COLORS, "two", "three", "four", "small", "large", "left", "right", "above", "below"):
+    letters = set("abcdefghijklmnopqrstuvwxyz ,-234\n")
+    assert set(text) <= letters, "English words only: no hex code, no emoji, no other script"
+    others = ("two", "three", "four", "small", "large", "left", "right", "above", "below")
+    for word in (*SHAPES, *COLORS, *others):
         assert re.search(rf"\b{word}", text), f"{word} never occurs"
     assert len(set(captions)) > N / 2
 
@@ -72,10 +84,11 @@ def test_captions_are_plain_english(captions):
 def test_held_out_sets_are_a_fixed_tenth():
     assert 0.09 < len(HELD_OUT_PAIRS) / (len(COLORS) * len(SHAPES)) <= 0.105
     assert 0.08 < len(HELD_OUT_TRIPLES) / (len(SHAPES) ** 2 * len(RELATIONS)) <= 0.1
-    assert ("blue", "star") in HELD_OUT_PAIRS and ("red", "circle") not in HELD_OUT_PAIRS  # by hash: the same for ever
+    assert ("blue", "star") in HELD_OUT_PAIRS  # by hash: the same for ever
+    assert ("red", "circle") not in HELD_OUT_PAIRS
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     for a, relation, b in HELD_OUT_TRIPLES:  # the same picture in other words is held out too
-        opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
-        assert (b, opposite, a) in HELD_OUT_TRIPLES
+        assert (b, opposite[relation], a) in HELD_OUT_TRIPLES
     assert {c for c, _ in HELD_OUT_PAIRS} & set(CANONICAL_COLORS)
 
 
@@ -83,21 +96,49 @@ def test_the_stream_is_a_function_of_seed_and_index():
     a, b, other = Shapes(32, seed=1), Shapes(32, seed=1), Shapes(32, seed=2)
     assert a.example(41, 2)[0] == b.example(41, 2)[0]
     assert np.array_equal(a.example(41, 2)[1], b.example(41, 2)[1])
-    assert not np.array_equal(a.example(41, 2)[1][0], a.example(41, 2)[1][1]), "draws are different pictures of one caption"
+    first, second = a.example(41, 2)[1]
+    assert not np.array_equal(first, second), "draws are different pictures of one caption"
     assert [a.example(i, 1)[0] for i in range(20)] != [other.example(i, 1)[0] for i in range(20)]
+
+
+def test_the_stream_is_what_it_was():
+    """Runs of before go on, and results can be made again: a hash of captions and of what is drawn,
+    not of its pixels, which are Pillow's."""
+    digest = hashlib.sha256()
+    for one_object in (False, True):
+        source = Shapes(16, seed=5, one_object=one_object)
+        for i in range(300):
+            caption, scene, rng = source.caption(i)
+            digest.update(caption.encode())
+            for thing in lay_out(scene, rng):
+                place = [round(float(value), 4) for value in (thing.x, thing.y, thing.radius)]
+                digest.update(repr((thing.shape, thing.rgb, place)).encode())
+    assert digest.hexdigest()[:16] == "826d7e262fc1593f"
 
 
 def test_one_object_is_one_object():
     scenes = [Shapes(8, 0, one_object=True).caption(i)[1] for i in range(2000)]
-    assert all(len(scene.groups) == 1 and scene.groups[0].count == 1 and not scene.is_held_out() for scene in scenes)
+    for scene in scenes:
+        assert len(scene.groups) == 1 and scene.groups[0].count == 1 and not scene.is_held_out()
     assert {scene.groups[0].shape for scene in scenes} == set(SHAPES)
-    assert open_source("shapes", 8, one_object=True).one_object and not open_source("shapes", 8).one_object
+    assert open_source("shapes", 8, one_object=True).one_object
+    assert not open_source("shapes", 8).one_object
+
+
+def test_an_option_is_for_the_source_that_has_it(tmp_path):
+    for name, options, message in (
+        ("shapes", {"font": "x.ttf"}, "--data shapes has no option 'font'; it has one-object"),
+        ("shapes", {"one_object": "2"}, "--data shapes:one-object: expected no value"),
+        ("emoji", {"one_object": True}, "--data emoji has no option 'one-object'; it has font, v"),
+        ("emoji", {"font": True}, "--data emoji:font: expected a file, as in font=FILE"),
+        (str(tmp_path), {"variants": True}, "has no option 'variants'; it has none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_source(name, 8, **options)
 
 
 def test_relations_hold_in_the_pictures():
     """The first named thing has its colour where the caption puts it."""
-    from data import Group, Scene, draw_things, lay_out
-
     rng = np.random.default_rng(0)
     for relation, direction in RELATIONS.items():
         for _ in range(50):
@@ -110,6 +151,8 @@ def test_relations_hold_in_the_pictures():
 
 
 def test_emoji_are_pictures_with_english_names():
+    from extras.emoji import emoji_font
+
     try:
         emoji_font()
     except ValueError as error:
@@ -117,14 +160,22 @@ def test_emoji_are_pictures_with_english_names():
     source = open_source("emoji", 32)
     assert len(source.glyphs) > 1200 and len(source.names) == len(source.glyphs)
     assert source.names["\U0001f431"][:2] == ["cat face", "cat"] and len(source.missing) < 200
-    assert not [text for text in source.glyphs if len(text.rstrip("\ufe0f")) > 1], "no skin tones, no flags"
+    sequences = [text for text in source.glyphs if len(text.rstrip("\ufe0f")) > 1]
+    assert not sequences, "no skin tones, no flags"
     red = source.glyphs["\U0001f534"].astype(int)  # a large red circle
-    assert (red[16, 16] - [200, 0, 0]).min() >= 0 and red[16, 16, 1] < 80 and (red[0, 0] == BACKGROUND).all()
-    assert len({glyph.tobytes() for glyph in source.glyphs.values()}) > 0.98 * len(source.glyphs), "pictures differ"
+    assert (red[16, 16] - [200, 0, 0]).min() >= 0 and red[16, 16, 1] < 80
+    assert (red[0, 0] == BACKGROUND).all()
+    different = {glyph.tobytes() for glyph in source.glyphs.values()}
+    assert len(different) > 0.98 * len(source.glyphs), "pictures differ"
     captions = {source.example(i, 1)[0] for i in range(3000)}
-    forbidden = {form for text in source.held_out for name in source.names[text][:1] for form in (name, f"{name} emoji")}
-    seen = {name for text in source.trained for name in source.names[text]}
-    assert len(source.held_out) == len(source.glyphs) // 10 and not captions & (forbidden - seen - {f"{n} emoji" for n in seen})
+    forbidden = set()
+    for text in source.held_out:
+        name = source.names[text][0]
+        forbidden |= {name, f"{name} emoji"}
+    for text in source.trained:
+        for name in source.names[text]:
+            forbidden -= {name, f"{name} emoji"}
+    assert len(source.held_out) == len(source.glyphs) // 10 and not captions & forbidden
     other = open_source("emoji", 32, seed=1)
     assert other.held_out == source.held_out and other.example(5, 1)[0] != source.example(5, 1)[0]
     assert source.about().startswith(f"{len(source.trained)} emoji to train on")

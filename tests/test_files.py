@@ -9,7 +9,6 @@ import struct
 import time
 import warnings
 import zlib
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,11 @@ import pytest
 from PIL import Image, ImageCms, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-import data
-from data import Folder, Shapes, clean_text, open_source, read_lines, read_picture, read_text
-from sample import open_picture, read_prompts, thinking_of
+from data import Shapes, open_source
+from extras import files
+from extras.files import Folder, clean_text, read_lines, read_picture, read_text
+from extras.prompts import read_prompts, split_layout
+from extras.thinking import open_picture, with_reading
 
 # --------------------------------------------------------------------------------------------------
 # text files
@@ -60,12 +61,15 @@ def test_json_lines_are_cut_at_line_feeds_alone(tmp_path):
     assert read_lines(path)[1] == (f"{path}, line 3", rows[1])
 
 
-@pytest.mark.parametrize("raw, where", [
+NO_UTF_8 = [
     (b"a\nb\ncaf\xe9\n", "line 3: byte 0xe9 is not utf-8"),
     (b"\xef\xbb\xbfa\n\x80", "line 2: byte 0x80 is not utf-8"),
     (b"\xff\xfea\0b", "line 1: byte 0x62 is not utf-16-le"),
-])  # fmt: skip
-def test_another_encoding_is_named(raw, where, tmp_path):
+]
+
+
+@pytest.mark.parametrize("raw, where", NO_UTF_8)
+def test_another_encoding_is_named(raw, where, tmp_path, tiny_llm):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     readers = {
         "p.txt": read_prompts,
@@ -73,7 +77,7 @@ def test_another_encoding_is_named(raw, where, tmp_path):
         "p.jsonl": read_prompts,
         "a.txt": lambda path: Folder(path.parent, 8),
         "metadata.jsonl": lambda path: Folder(path.parent, 8),
-        "frame": lambda path: thinking_of(None, Namespace(think=4, rewrite=None, frame=path)),
+        "frame": lambda path: with_reading(tiny_llm("llama"), f"think:4:frame={path}"),
     }
     for name, read in readers.items():
         (tmp_path / name).write_bytes(raw)
@@ -90,8 +94,8 @@ def test_utf_16_without_its_mark_is_no_utf_8(tmp_path):
 
 def test_a_frame_has_no_byte_order_mark(tmp_path, tiny_llm):
     (tmp_path / "frame").write_bytes("Think:\r\n{}\r\n".encode("utf-8-sig"))
-    args = Namespace(think=4, rewrite=None, frame=str(tmp_path / "frame"))
-    assert thinking_of(tiny_llm("llama"), args)[0] == "Think:\n{}"
+    reader = with_reading(tiny_llm("llama"), f"think:4:frame={tmp_path / 'frame'}")
+    assert reader.frame == "Think:\n{}"
 
 
 def test_half_characters():
@@ -153,7 +157,8 @@ def test_a_name_must_be_one(tmp_path):
         (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a"}))
         with pytest.raises(ValueError, match="1 that metadata.jsonl names are not there"):
             Folder(tmp_path, 8)
-    for name in ("[1]", '"../../x"', "1.5", "null", "true", '""', '"a:b"', r'"a\u0000"', f'"{"x" * 300}"'):
+    no_names = ["[1]", '"../../x"', "1.5", "null", "true", '""', '"a:b"', r'"a\u0000"']
+    for name in (*no_names, f'"{"x" * 300}"'):
         (tmp_path / "p.jsonl").write_text(f'{{"prompt": "a", "prompt_id": {name}}}')
         with pytest.raises(ValueError, match="p.jsonl, line 1: prompt_id is .*; expected"):
             read_prompts(tmp_path / "p.jsonl")
@@ -192,6 +197,18 @@ def test_what_holds_no_prompt_is_named(name, tmp_path):
     (tmp_path / "e.TSV").write_text("prompt\tseed\na red circle\t1\n")  # a header is no prompt
     with pytest.raises(ValueError, match=f"--prompts .*{name}.*; expected a prompt"):
         read_prompts(tmp_path / name)
+
+
+def test_a_benchmark_after_the_colon(tmp_path):
+    (tmp_path / "p.jsonl").touch()
+    assert split_layout(f"{tmp_path}/p.jsonl:geneval") == (tmp_path / "p.jsonl", "geneval")
+    assert split_layout(f"{tmp_path}/p.jsonl") == (tmp_path / "p.jsonl", None)
+    with pytest.raises(ValueError, match="expected one of geneval, dpg, wise after the colon"):
+        split_layout(f"{tmp_path}/p.jsonl:drawbench")
+    assert split_layout("C:\\nowhere.txt") == (Path("C:\\nowhere.txt"), None)
+    if os.name != "nt":  # where a file's name may have a colon
+        (tmp_path / "a:wise").touch()
+        assert split_layout(f"{tmp_path}/a:wise") == (tmp_path / "a:wise", None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -328,15 +345,22 @@ def test_epochs(tmp_path):
 
 
 def both(path: Path, size: int = 16) -> list[np.ndarray]:
-    """A square picture as --data and as --image see it, (size, size, 3) each."""
+    """A square picture as --data and as --read image see it, (size, size, 3) each."""
     image = open_picture(str(path))
     assert image.mode == "RGB"
     whole = image.resize((size, size), Image.Resampling.LANCZOS)
     return [np.asarray(x).astype(int) for x in (read_picture(path, size), whole)]
 
 
-UNDO = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
-        7: "TRANSVERSE", 8: "ROTATE_270"}  # fmt: skip
+UNDO = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_90",
+    7: "TRANSVERSE",
+    8: "ROTATE_270",
+}
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])
@@ -501,7 +525,7 @@ def test_pictures_of_unsafe_size_are_refused(tmp_path):
         (tmp_path / "big.png").write_bytes(raw.getvalue()[:12] + head + check + raw.getvalue()[33:])
         with pytest.raises(ValueError, match="big.png does not decode .DecompressionBomb"):
             read_picture(tmp_path / "big.png", 8)
-        with pytest.raises(ValueError, match="--image .*big.png does not decode"):
+        with pytest.raises(ValueError, match="--read image:.*big.png does not decode"):
             open_picture(str(tmp_path / "big.png"))
 
 
@@ -543,7 +567,7 @@ def test_a_jpeg_at_a_fraction_of_its_size(width, height, kind, mode, tmp_path, m
     """
     photo(width, height).convert(mode).save(tmp_path / "photo", kind, quality=90)
     cheap = np.asarray(read_picture(tmp_path / "photo", 32)).astype(int)
-    monkeypatch.setattr(data, "DRAFT", 10**6)  # never: all pixels
+    monkeypatch.setattr(files, "DRAFT", 10**6)  # never: all pixels
     difference = abs(np.asarray(read_picture(tmp_path / "photo", 32)) - cheap)
     assert (difference <= 16).all(), difference.max()
     assert 0 < difference.mean() < 0.5, difference.mean()
