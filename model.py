@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from attention import joint_attention, text_mask
 from flow import to_velocity
-from llm import Context, FrozenLLM, TextLayer
+from llm import Context, FrozenLLM, TextLayer, select_layers
 
 
 class ImageExpert(nn.Module, PyTorchModelHubMixin):
@@ -88,6 +88,14 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
         for last in (self.modulation, self.head):  # adaLN-Zero: blocks start as the identity
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
+
+    @classmethod
+    def beside(cls, llm: FrozenLLM, width: int, depth: int, heads: int | None, layers: str, **more):
+        """A fresh expert for this LLM: `depth` blocks, spread over these of its `layers`."""
+        text_layers = select_layers(llm, depth, layers)
+        heads = heads or default_heads(text_layers[0], width)
+        gains = text_gains(llm, text_layers)
+        return cls(text_layers, width, heads, text_gains=gains, **more)
 
     def attach(self, llm: FrozenLLM) -> None:
         """Have this LLM hand over what the expert looks at."""
@@ -276,6 +284,12 @@ def sincos_2d(rows: int, columns: int, width: int, device: torch.device) -> Tens
     column = torch.arange(columns, device=device).repeat(rows)
     half = width // 2
     return torch.cat([timestep_embedding(row, half), timestep_embedding(column, half)], dim=-1)
+
+
+def default_heads(layer: dict, width: int) -> int:
+    """As many query heads as make about twice the width: a multiple of the layer's own heads."""
+    group = layer["kv_heads"]
+    return group * max(1, round(2 * width / (layer["key_width"] * group)))
 
 
 LARGE_KEYS = 10.0  # root mean square; heads of gemma-3-270m have 2 to 8, of SmolLM2-135M 1 to 3

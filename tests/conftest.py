@@ -14,7 +14,10 @@ if not torch.cuda.is_available():  # the Triton kernels run in its interpreter, 
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from model import FrozenLLM, ImageExpert, load_llm, text_layers
+import train
+from llm import FrozenLLM, select_layers
+from loading import load_llm
+from model import ImageExpert
 
 CPU = torch.device("cpu")
 TEXT = [
@@ -23,8 +26,15 @@ TEXT = [
     "three small teal stars",
     "an orange cross",
 ]
-SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+SMALL = dict(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 CONFIGS = {
     "qwen2": lambda: transformers.Qwen2Config(**SMALL),
     "deep": lambda: transformers.Qwen2Config(**SMALL | {"num_hidden_layers": 6}),
@@ -110,7 +120,7 @@ def tiny_llm(llm_folder):
 
 def random_expert(llm: FrozenLLM, depth: int = 2, part: str = "all", **options) -> ImageExpert:
     """An expert whose every weight is random (a new one answers 0: its head and gates start at zero)."""
-    layers = text_layers(llm, depth, part)
+    layers = select_layers(llm, depth, part)
     options = {
         "prediction": "velocity",
         "width": 32,
@@ -127,8 +137,14 @@ def random_expert(llm: FrozenLLM, depth: int = 2, part: str = "all", **options) 
     return expert
 
 
-TINY_RUN = ["--device", "cpu", "--dtype", "float32", "--batch-size", "8", "--width", "32", "--depth", "2", "--image-size", "16",
-            "--patch", "4", "--warmup", "2"]  # fmt: skip
+TINY_RUN = "--device cpu --dtype float32 --batch-size 8 --width 32 --depth 2 --image-size 16 --patch 4"
+TINY_RUN = TINY_RUN.split()
+
+
+@pytest.fixture(autouse=True)
+def short_warmup(monkeypatch):
+    """Runs of a few steps reach their full learning rate."""
+    monkeypatch.setattr(train, "WARMUP_STEPS", 2)
 
 
 @pytest.fixture

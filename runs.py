@@ -1,0 +1,257 @@
+"""A run's folder: what training writes there, and how it goes on from it.
+
+train_state.safetensors holds all that --resume needs; model.safetensors the expert's average, to
+draw with; metrics.jsonl a line per interval. A run that was killed and resumed has the same numbers
+as one that never was.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cli import write_text, write_whole
+from inspection import check_same_llm
+from model import read_safetensors
+
+STATE = "train_state.safetensors"
+TIME_BINS = 5  # of equal width in t
+
+# -------------------------------------------------------------------------------------------------
+# the state of a run
+
+
+def save_run(run) -> None:
+    """Each file is written beside and then renamed: a kill at any moment leaves whole files, the
+    old or the new."""
+    out = Path(run.args.out)
+    moments = {}  # parameter -> what its optimizer remembers of it
+    for optimizer in run.optimizers:
+        moments |= optimizer.state
+    tensors = {f"ema.{name}": p for name, p in run.ema.named_parameters()}
+    for name, p in run.expert.named_parameters():
+        tensors[f"expert.{name}"] = p
+        for key, value in moments[p].items():
+            tensors[f"{key}.{name}"] = value
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    metadata = {
+        "step": str(run.step),
+        "args": json.dumps(vars(run.args)),
+        "config": json.dumps(run.expert.config),
+        **run.data,
+    }
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        save_file(tensors, folder / STATE, metadata=metadata)
+        run.ema.save_pretrained(folder)
+        if (out / "README.md").exists():  # the user's own
+            (folder / "README.md").unlink()
+
+    write_whole(out / STATE, write)
+
+
+def load_run(run, metadata: dict, tensors: dict) -> None:
+    """The inverse of save_run, in place. ValueError if the run was made with another LLM, or
+    another expert."""
+    stored = json.loads(metadata["config"])
+    check_same_llm(stored["made_for"], run.expert.made_for)
+    stored["intermediate"] = stored.get("intermediate", stored.get("hidden"))  # its older name
+    for key, value in run.expert.config.items():
+        # the rest of made_for comes from the run's own flags
+        if key != "made_for" and stored.get(key, value) != value:
+            raise ValueError(
+                f"--resume: the run's expert has {key} {stored[key]}, and would now have {value}; "
+                "go on with the LLM and the code that it was made with, or start another run "
+                "(--out)"
+            )
+    run.step = int(metadata["step"])
+    parts = {}  # name of a parameter -> {"expert", "ema", and the optimizer's moments of it}
+    for key, value in tensors.items():
+        part, name = key.split(".", 1)
+        parts.setdefault(name, {})[part] = value.to(run.device)
+    optimizer_of = {}
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            optimizer_of |= dict.fromkeys(group["params"], optimizer)
+    with torch.no_grad():
+        for (name, p), average in zip(run.expert.named_parameters(), run.ema.parameters()):
+            p.copy_(parts[name].pop("expert"))
+            average.copy_(parts[name].pop("ema"))
+            optimizer_of[p].state[p] = parts[name]
+
+
+def data_of(source) -> dict[str, str]:
+    """What is kept of the data, to know them again on resuming; of shapes, drawn from the seed, no
+    fingerprint."""
+    data = {"data_about": source.about()}
+    fingerprint = source.fingerprint()
+    if fingerprint:
+        data["data_fingerprint"] = fingerprint
+    return data
+
+
+def check_data(name: str, stored: dict[str, str], now: dict[str, str]) -> None:
+    """ValueError if a run goes on with other data than it was trained on (older runs have not
+    stored what that was)."""
+    before = stored.get("data_fingerprint")
+    if before and before != now.get("data_fingerprint"):
+        raise ValueError(
+            f"--resume: --data {name} has changed (then: {stored['data_about']}; now: "
+            f"{now['data_about']}; names, captions or contents differ); put it back as it was, or "
+            "start another run (--out)"
+        )
+
+
+def refuse_overwriting(out: str) -> None:
+    if (Path(out) / STATE).exists():
+        raise ValueError(
+            f"{out} already holds a run: --resume goes on with it, --out NAME starts another"
+        )
+    for name in ("model.safetensors", "config.json"):  # of an LLM, say, or of a downloaded run
+        if (Path(out) / name).exists():
+            raise ValueError(
+                f"{out} already holds a {name}, which a run would overwrite; "
+                "--out NAME names another folder"
+            )
+
+
+# -------------------------------------------------------------------------------------------------
+# going on
+
+MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every"}
+MAY_MOVE = {"llm", "data"}  # places: it is what lies there that must be the same
+
+
+def settings(
+    argv: list[str] | None, parse_args: Callable
+) -> tuple[argparse.Namespace, dict, dict]:
+    """The command line, and for --resume the stored run, whose settings win: args, metadata,
+    tensors. parse_args(argv, stored settings) -> args."""
+    args = parse_args(argv)
+    if not args.resume:
+        refuse_overwriting(args.out)
+        return args, {}, {}
+    state = Path(args.out) / STATE
+    if not state.exists():
+        raise ValueError(
+            f"--resume: there is no run in {args.out} (no {STATE}); --out names the run"
+        )
+    metadata, tensors = read_safetensors(state)
+    try:
+        stored = json.loads(metadata["args"])
+        if "one_object" in stored:
+            from extras.older_runs import in_new_words
+
+            stored = in_new_words(stored)
+        stored = vars(parse_args(["--out", args.out], stored))
+        json.loads(metadata["config"])["made_for"]
+        int(metadata["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{state} is not the state of a training run ({why})") from None
+    merged = parse_args(argv, stored)
+    may_change = MAY_CHANGE | (MAY_MOVE if "data_fingerprint" in metadata else {"llm"})
+    for key, value in vars(merged).items():
+        if key not in may_change and value != stored.get(key):
+            flag = key.replace("_", "-")
+            raise ValueError(
+                f"--resume: this run has --{flag} {stored.get(key)}; another value needs a new run "
+                "(--out)"
+            )
+    return merged, metadata, tensors
+
+
+# -------------------------------------------------------------------------------------------------
+# metrics
+
+
+class Metrics:
+    """metrics.jsonl: the loss per bin of t, and the speed, of every interval. A resumed run drops
+    what it will do again."""
+
+    def __init__(self, run):
+        self.run = run
+        self.path = Path(run.args.out) / "metrics.jsonl"
+        lines = []
+        if self.path.exists():
+            lines = self.path.read_text("utf-8", "replace").split("\n")
+        kept = [f"{line}\n" for line in lines if step_of(line) <= run.step]
+        write_text(self.path, "".join(kept))
+        self.first = run.step
+        self.started = time.perf_counter()
+        self.llm_before = run.llm.seconds
+        self.sum = torch.zeros(TIME_BINS)
+        self.count = torch.zeros(TIME_BINS)
+
+    def add(self, losses: Tensor, t: Tensor) -> None:
+        bins = (t.cpu() * TIME_BINS).long().clamp(max=TIME_BINS - 1)
+        self.sum.index_add_(0, bins, losses.cpu())
+        self.count.index_add_(0, bins, torch.ones(len(bins)))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is not training."""
+        before = time.perf_counter()
+        llm_before = self.run.llm.seconds
+        yield
+        self.started += time.perf_counter() - before
+        self.llm_before += self.run.llm.seconds - llm_before
+
+    def speed(self) -> tuple[float, float]:
+        """Images per second, and the LLM's share of the time."""
+        seconds = time.perf_counter() - self.started
+        images = (self.run.step - self.first) * self.run.args.batch_size
+        return images / seconds, (self.run.llm.seconds - self.llm_before) / seconds
+
+    def write(self, norm: Tensor) -> str:
+        images_per_second, llm_share = self.speed()
+        loss = (self.sum.sum() / self.count.sum()).item()
+        line = {
+            "step": self.run.step,
+            "loss": loss,
+            "loss_by_t": (self.sum / self.count.clamp(min=1)).tolist(),
+            "grad_norm": norm.item(),
+            "lr": self.run.optimizers[0].param_groups[0]["lr"],
+            "images_per_second": images_per_second,
+            "llm_share": llm_share,
+        }
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"{self.path} could not be written: {error}") from error
+        self.sum.zero_()
+        self.count.zero_()
+        return f"loss {loss:.4f}, {images_per_second:.0f} images/s"
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; of one that a full disk or a power loss has cut, no step
+    of any run."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that this process has had, in GB = 10^9 bytes."""
+    try:
+        import resource
+    except ImportError:
+        return "unknown"  # Windows
+    per_gb = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, kB elsewhere
+    said = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_gb:.1f} GB"
+    if device.type == "cuda":
+        said += f" ({torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU)"
+    return said
