@@ -1,0 +1,456 @@
+"""Every number in a table of README.md and RESULTS.md is one of a JSON under assets/results/.
+
+A function below writes the rows of each table from the JSON, mostly without their first cell, which
+is a name; the document must say the same. A table with numbers and no such function fails.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from extras.intervals import mean_of_rows
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "assets" / "results"
+DOCUMENTS = ("README.md", "RESULTS.md")
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------
+# how numbers are written
+
+
+def share(entry: dict) -> str:
+    return f"{entry['score']:.2f}"
+
+
+def sure(entry: dict) -> str:
+    """A share and its 95 % interval."""
+    low, high = entry["interval"]
+    return f"{entry['score']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def rank(entry: dict, median: bool = True) -> str:
+    """Of ranks: the share of the first places, of the first five, the median."""
+    text = f"{share(entry['top 1'])} ({share(entry['top 5'])})"
+    if median:
+        text += f", {entry['median rank']['score']:.0f}"
+    return text
+
+
+def languages_of(results: dict) -> dict[str, dict]:
+    """The rows of `languages` that count: all but English."""
+    rows = results["languages"]["rows"]
+    return {row: rows[row] for row in rows if row != "English"}
+
+
+# ------------------------------------------------------------------------------------------------
+# README: is my run right, and what it shows
+
+
+def default_run() -> list[list[str]]:
+    rows = []
+    for moment in read("default")["moments"]:
+        rows.append(
+            [
+                f"{moment['step']:,}",
+                f"{moment['minutes']:.0f}",
+                f"{moment['loss']:.3f}",
+                share(moment["geneval"]["rows"]["colors"]),
+                share(moment["geneval"]["rows"]["position"]),
+                share(moment["geneval"]["mean"]),
+            ]
+        )
+    return rows
+
+
+def headline() -> list[list[str]]:
+    pretrained = read("pretrained")
+    random = read("random")
+    rows = []
+    for suite in ("geneval", "unseen"):
+        rows.append([sure(pretrained[suite]["mean"]), sure(random[suite]["mean"])])
+    first = mean_of_rows({0: languages_of(pretrained)}, rows_are_drawn=True)
+    second = mean_of_rows({0: languages_of(random)}, rows_are_drawn=True)
+    rows.append([sure(first), sure(second)])
+    rows.append([sure(emoji_found("emoji")), sure(emoji_found("emoji-random-llm"))])
+    for suite in ("knowledge", "parrot"):
+        rows.append([sure(pretrained[suite]["mean"]), sure(random[suite]["mean"])])
+    return rows
+
+
+def emoji_found(run: str) -> dict:
+    """How many pictures of emoji are nearest to the right one, over the languages but English."""
+    rows = {}
+    for language, measures in read(run)["emoji-languages"]["rows"].items():
+        found = measures["features"]
+        if language != "en":
+            rows[language] = {"score": found["top 1"]["score"], "n": found["n"], "wrong": {}}
+    return mean_of_rows({0: rows}, rows_are_drawn=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# RESULTS: the default run and what the network predicts
+
+
+def default_scores() -> list[list[str]]:
+    last = read("default")["moments"][-1]
+    rows = []
+    for suite in ("geneval", "unseen"):
+        rows.append([sure(last[suite]["mean"]), str(last[suite]["mean"]["n"])])
+        for entry in last[suite]["rows"].values():
+            rows.append([sure(entry), str(entry["n"])])
+    return rows
+
+
+def prediction() -> list[list[str]]:
+    rows = []
+    for name in ("clean", "velocity"):
+        run = read("prediction")[name]
+        rows.append(
+            [
+                f"{run['loss']:.3f}",
+                sure(run["geneval"]["rows"]["colors"]),
+                sure(run["geneval"]["rows"]["position"]),
+                sure(run["geneval"]["mean"]),
+            ]
+        )
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# RESULTS: does the LLM's knowledge reach the picture?
+
+ROWS_SHOWN = {  # suite -> its rows in the table, after its mean
+    "geneval": [
+        "single object",
+        "two objects",
+        "counting",
+        "colors",
+        "position",
+        "color attribution",
+    ],
+    "unseen": ["colors", "position", "color attribution"],
+    "languages": [],
+    "colors": [
+        "hex, canonical",
+        "hex, random",
+        "rgb(), canonical",
+        "rgb(), random",
+        "new color words",
+    ],
+    "emoji": ["single", "pair"],
+    "ascii": [],
+    "knowledge": ["culture", "space and time", "nature"],
+    "parrot": [],
+    "position": ["early", "late"],
+}
+
+
+def both(first: dict, second: dict, show=sure) -> list[str]:
+    return [show(first), show(second), str(first["n"])]
+
+
+def suites() -> list[list[str]]:
+    pretrained = read("pretrained")
+    random = read("random")
+    rows = []
+    for suite, names in ROWS_SHOWN.items():
+        first = pretrained[suite]
+        second = random[suite]
+        if suite == "colors":
+            rows.append(["", "", ""])
+        elif suite == "languages":
+            means = [mean_of_rows({0: languages_of(run)}, True) for run in (pretrained, random)]
+            rows.append(both(*means))
+            for part in ("one object", "two objects"):
+                rows.append(both(first[part], second[part], share))
+        else:
+            rows.append(both(first["mean"], second["mean"]))
+        for name in names:
+            rows.append(both(first["rows"][name], second["rows"][name]))
+    return rows
+
+
+def each_language() -> list[list[str]]:
+    """Two languages a line: eleven on the left, eleven on the right."""
+    pretrained = read("pretrained")["languages"]["rows"]
+    random = read("random")["languages"]["rows"]
+    names = list(pretrained)
+    rows = []
+    for left, right in zip(names[:11], names[11:]):
+        rows.append(
+            [
+                share(pretrained[left]),
+                share(random[left]),
+                "",
+                right,
+                share(pretrained[right]),
+                share(random[right]),
+            ]
+        )
+    return rows
+
+
+def probe() -> list[list[str]]:
+    """Colour / shape right, a mean over the rows of a column, each as often as it has prompts."""
+    results = read("pretrained")
+    table = results["probe"]
+    rows = []
+    for layer in ("layer 0", "layer 4", "layer 11", "layer 12", "layer 15", "picture"):
+        cells = table[layer]
+        columns = [
+            [cells[f"languages {name}"] for name in languages_of(results)],
+            [cells["emoji single"]],
+            [cells["knowledge"]],
+            [cells["colors hex, canonical"]] + 10 * [cells["colors hex, random"]],
+            [cells["colors new color words"]],
+        ]
+        row = []
+        for column in columns:
+            color = sum(pair[0] for pair in column) / len(column)
+            shape = sum(pair[1] for pair in column) / len(column)
+            row.append(f"{color:.2f} / {shape:.2f}")
+        rows.append(row)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# RESULTS: emoji
+
+EMOJI_LANGUAGES = "zh,fr,es,ja,pt,it,ko,de,id,ru,tr,ar,fa".split(",")
+
+
+def emoji() -> list[list[str]]:
+    runs = [read("emoji"), read("emoji-random-llm")]
+    rows = [[rank(run["recall"]["rows"]["en"]["features"]) for run in runs]]
+    rows.append([rank(run["emoji-languages"]["mean"]["features"]) for run in runs])
+    for language in EMOJI_LANGUAGES:
+        rows.append([rank(run["emoji-languages"]["rows"][language]["features"]) for run in runs])
+    rows.append([rank(run["unseen-names"]["rows"]["en"]["features"]) for run in runs])
+    return rows
+
+
+def emoji_layers() -> list[list[str]]:
+    rows = []
+    for run in read("emoji-layers")["runs"].values():
+        first_five = f"{run['top 1']:.2f} ({run['top 5']:.2f}), {run['median rank']}"
+        rows.append([first_five, f"{run['recall']:.2f}", str(run["never trained on"])])
+    return rows
+
+
+def emoji_probe() -> list[list[str]]:
+    pretrained = read("emoji")
+    random = read("emoji-random-llm")["probe"]
+    rows = []
+    for number in (11, 13, 15, 16, 17):
+        cells = pretrained["probe"][f"layer {number}"]
+        ways = [rank(cells[way]) for way in ("nearest name", "ridge", "in a caption")]
+        rows.append([*ways, rank(random[f"layer {number}"]["in a caption"])])
+    rows.append([rank(pretrained["emoji-languages"]["mean"]["features"]), "", "", ""])
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# RESULTS: other towers
+
+
+def mirror() -> list[list[str]]:
+    rows = []
+    for run in read("mirror")["runs"]:
+        rows.append(
+            [
+                f"{run['parameters'] / 1e6:.0f} M",
+                f"{run['steps']:,}",
+                f"{run['seconds a step']} s",
+                sure(run["geneval"]),
+                sure(run["unseen"]),
+                share(run["languages"]),
+            ]
+        )
+    return rows
+
+
+RACERS = ("kv", "mot", "hsi", "lap", "last", "metaqueries:queries=16", "dense")
+
+
+def race() -> list[list[str]]:
+    table = read("race/table")
+    rows = []
+    for name in RACERS:
+        racer = table[name]
+        languages = racer["suites"]["languages"]
+        position = racer["suites"]["position"]["rows"]
+        three = [share(languages["rows"][row]) for row in ("Italian", "Chinese", "Hindi")]
+        paired = languages["minus control"]
+        rows.append(
+            [
+                sure(racer["suites"]["geneval"]["rows"]["colors"]),
+                sure(languages),
+                ", ".join(f"{seed:.2f}" for seed in languages["seeds"]),
+                sure(paired) if paired else "",
+                ", ".join(three),
+                sure(racer["suites"]["knowledge"]),
+                f"{share(position['early'])}, {share(position['late'])}",
+                f"{racer['images/s']:.0f}",
+            ]
+        )
+    return rows
+
+
+def race_layers() -> list[list[str]]:
+    table = read("race-layers/table")
+    logs = {name: racer["suites"] for name, racer in table.items()}
+    logs["last"] = read("race/last-seed0/race")["suites"]  # of the great race
+    thirds = (
+        ["mot:layers=0-5", "mot:layers=6-11", "mot:layers=12-17"],
+        ["last:state=6", "last:state=12", "last"],
+    )
+    rows = []
+    for names in thirds:
+        row = []
+        for name in names:
+            mean = mean_of_rows({0: languages_of(logs[name])}, rows_are_drawn=True)
+            row.append(f"{sure(mean)} ({share(logs[name]['geneval']['rows']['colors'])})")
+        rows.append(row)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# RESULTS: thinking first, speed
+
+
+def thinking() -> list[list[str]]:
+    rows = []
+    for suite in read("thinking")["rows"].values():
+        row = []
+        for way in ("as it is", "think:40", "rewrite", "rewrite:reencode"):
+            entry = suite.get(way)
+            if entry is None:
+                row.append("")
+            else:
+                row.append(sure(entry) if "interval" in entry else share(entry))
+        rows.append([*row, str(suite["n"])])
+    return rows
+
+
+def speed() -> list[list[str]]:
+    bench = read("bench")
+    train = {entry["way"]: entry for entry in bench["train"]}
+    one = {entry["way"]: entry for entry in bench["sample"] if entry["prompts"] == 1}
+
+    def ms(entry: dict) -> str:
+        return f"{entry['ms']:,.0f} ms"
+
+    joint = "joint forward, fast attention"
+    each_step = "LLM over the distinct captions of each step"
+    cache = train["caption cache"]
+    return [
+        [ms(train["joint forward, float32 definition"]), ""],
+        [ms(train[joint]), ms(one[joint])],
+        [ms(train[each_step]), ms(one["cached, two passes"])],
+        [f"{ms(cache)} ({cache['images/s']:.0f} pictures/s)", ms(one["cached, one batch"])],
+    ]
+
+
+TABLES = {  # document, heading -> what writes the cells of the tables below it, in order
+    ("README.md", "Is my run right?"): [default_run],
+    ("README.md", "What it shows"): [headline],
+    ("RESULTS.md", "What does the default run learn?"): [default_scores],
+    ("RESULTS.md", "Should the network predict the clean picture or the velocity?"): [prediction],
+    ("RESULTS.md", "Does the LLM's knowledge reach the picture?"): [suites, each_language],
+    ("RESULTS.md", "Does the LLM not know it, or does the expert not hear it?"): [probe],
+    ("RESULTS.md", "Does it hold for real pictures?"): [emoji],
+    ("RESULTS.md", "Which layers know a name?"): [emoji_layers, emoji_probe],
+    ("RESULTS.md", "Is a copy of the LLM a better expert?"): [mirror],
+    ("RESULTS.md", "Which bridge carries other languages?"): [race],
+    ("RESULTS.md", "Is it the bridge or the layer?"): [race_layers],
+    ("RESULTS.md", "Does it help to think first?"): [thinking],
+    ("RESULTS.md", "What does the cache save?"): [speed],
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# what the documents say
+
+
+@dataclass
+class Table:
+    document: str
+    heading: str
+    rows: list[list[str]] = field(default_factory=list)  # without the header
+
+
+def tables_in(document: str) -> list[Table]:
+    tables = []
+    heading = ""
+    inside = False
+    in_code = False
+    for line in (ROOT / document).read_text("utf-8").splitlines():
+        in_code ^= line.startswith("```")
+        if line.startswith("#") and not in_code:
+            heading = line.lstrip("# ")
+        is_row = line.startswith("|") and not in_code
+        if is_row and not inside:
+            tables.append(Table(document, heading))
+        elif is_row and not line.startswith("|---"):
+            cells = line.strip("|").split("|")
+            tables[-1].rows.append([cell.replace("**", "").strip() for cell in cells])
+        inside = is_row
+    return tables
+
+
+def heading_tables() -> dict[tuple[str, str], list[Table]]:
+    found = {}
+    for document in DOCUMENTS:
+        for table in tables_in(document):
+            found.setdefault((document, table.heading), []).append(table)
+    return found
+
+
+@pytest.mark.parametrize("place", TABLES, ids=lambda place: f"{place[0]}, {place[1]}")
+def test_every_number_of_a_table_is_in_a_json(place):
+    found = heading_tables().get(place, [])
+    assert len(found) == len(TABLES[place]), f"{place}: {len(found)} tables"
+    for table, write in zip(found, TABLES[place]):
+        expected = write()
+        assert len(table.rows) == len(expected), f"{place}: {write.__name__}"
+        for row, cells in zip(table.rows, expected):
+            assert len(cells) >= len(row) - 1
+            shown = row[-len(cells) :]
+            assert shown == cells, f"{place}, {row[0]}: the JSON says {' | '.join(cells)}"
+
+
+def test_every_table_with_a_number_is_compared():
+    for place, tables in heading_tables().items():
+        for table in tables:
+            numbers = re.findall(r"\d", str([row[1:] for row in table.rows]))
+            assert place in TABLES or not numbers, f"{place}: a table that no JSON gives"
+
+
+def test_readme_stays_short():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.split()) <= 1500, f"README.md has {len(text.split())} words"
+    assert len(tables_in("README.md")) <= 4
+
+
+def test_every_link_leads_somewhere():
+    """Links into the repository: the file is there, and of RESULTS.md the heading too."""
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text("utf-8")
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            path, _, anchor = target.partition("#")
+            if "://" in target:
+                continue
+            path = path or document
+            assert (ROOT / path).exists(), f"{document}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text("utf-8"), re.MULTILINE)
+                anchors = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+                assert anchor in anchors, f"{document}: {target}"
