@@ -1,0 +1,213 @@
+"""The papers' own expert beside the same frozen LLM: a trainable copy of its decoder.
+
+    python train.py --bridge mirror                    # starts from the LLM's weights
+    python train.py --bridge mirror:init=random:checkpointing
+"""
+
+import json
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import CONFIG_MAPPING, AutoModel, DynamicCache
+
+from llm import Context, FrozenLLM, with_cache
+from model import ImageExpert, patchify, sincos_2d, timestep_embedding
+
+
+class MirrorTower(ImageExpert):
+    """An image tower with the LLM's own architecture, which may start from a copy of its weights.
+
+    BAGEL, LMFusion and Mural's large models pair each layer of the LLM with a trainable copy of it.
+    Image tokens take the place of words, all at the position after the caption; time is added to
+    them once, at the input (BAGEL); attention over the picture is bidirectional, and reaches the
+    caption in the LLM's cache. Deviations: the place of a patch is the additive table of
+    `ImageExpert`, and there is no QK-norm where the LLM has none.
+
+    llm_config: the LLM's text configuration, as a dict. checkpointing: compute each layer's
+    activations again in the backward pass instead of keeping them. ValueError if the architecture
+    cannot serve (see `check`).
+    """
+
+    def __init__(
+        self,
+        llm_config: dict,
+        rotary: bool = True,
+        patch: int = 8,
+        image_size: int = 32,
+        channels: int = 3,
+        prediction: str = "clean",
+        checkpointing: bool = False,
+        made_for: dict | None = None,
+    ):
+        nn.Module.__init__(self)  # the decoder stands in the place of ImageExpert's blocks
+        self.config = {
+            "llm_config": llm_config,
+            "rotary": rotary,
+            "patch": patch,
+            "image_size": image_size,
+            "channels": channels,
+            "prediction": prediction,
+            "checkpointing": checkpointing,
+            "made_for": made_for or {},
+        }
+        if image_size % patch:
+            raise ValueError(f"--image-size {image_size} does not divide by --patch {patch}")
+        self.patch = patch
+        self.image_size = image_size
+        self.channels = channels
+        self.prediction = prediction
+        self.made_for = self.config["made_for"]
+        self.rotary = rotary
+
+        config = CONFIG_MAPPING[llm_config["model_type"]].from_dict(llm_config)
+        self.decoder = AutoModel.from_config(config, dtype=torch.float32)
+        self.decoder.set_input_embeddings(nn.Identity())  # it never sees a word
+        self.width = config.hidden_size
+        self.reads = list(range(config.num_hidden_layers))
+        self.embed = nn.Linear(channels * patch**2, self.width)
+        self.embed_time = nn.Sequential(
+            nn.Linear(256, self.width), nn.SiLU(), nn.Linear(self.width, self.width)
+        )
+        self.head = nn.Linear(self.width, channels * patch**2)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.train()
+        if checkpointing:
+            for block in self.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def train(self, mode: bool = True) -> "MirrorTower":
+        super().train(mode)
+        self.decoder.eval()  # no dropout: the chance of a training step is its seed's alone
+        return self
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder's layers, wherever its architecture keeps them."""
+        for module in self.decoder.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == len(self.reads):
+                return module
+        raise ValueError("expected a list of layers")
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
+        """predict(x_t, t, context) -> v: x_t (B, C, height, width), t (B,) in [0, 1]."""
+        rows = x_t.shape[2] // self.patch
+        columns = x_t.shape[3] // self.patch
+        time = self.embed_time(timestep_embedding(1000 * t, 256))  # (B, D)
+        img = self.embed(patchify(x_t, self.patch)) + time[:, None]  # (B, N, D)
+        img = img + sincos_2d(rows, columns, self.width, x_t.device).to(img.dtype)
+        return self.to_velocity(self.head(self.decode(img, context)), x_t, t)
+
+    def decode(self, img: Tensor, context: Context) -> Tensor:
+        """Image tokens (B, N, D) through the decoder, looking at the caption and at each other ->
+        (B, N, D)."""
+        B, N, _ = img.shape
+        # rotary: the text's keys are turned back, and the picture stands at the origin (see
+        # Context); else at the place after the caption
+        position = context.lengths
+        if self.rotary:
+            position = torch.zeros_like(context.lengths)
+        return self.decoder(
+            inputs_embeds=img,
+            attention_mask=cache_mask(context, N, img.dtype, causal=False),
+            position_ids=position[:, None].expand(B, N),
+            **with_cache(self.decoder, ReadOnlyCache(context, self.reads)),
+        ).last_hidden_state
+
+    # -- building one beside an LLM
+
+    @classmethod
+    def beside(cls, llm: FrozenLLM, init: str = "llm", **options) -> "MirrorTower":
+        """A tower for this LLM, its weights the LLM's own ("llm") or fresh ("random"). ValueError
+        if it cannot be."""
+        config = llm.model.config.get_text_config()
+        try:
+            if len(llm.layers) != config.num_hidden_layers:
+                raise ValueError("expected keys and values in every layer")
+            rotary = any(len(layer.frequencies) for layer in llm.rotary)
+            tower = cls(json.loads(config.to_json_string()), rotary, **options)
+            if init == "llm":
+                tower.copy_weights(llm)
+            tower.check(llm)
+        except Exception as error:  # an architecture may fail in any way: each becomes one line
+            kind = type(llm.model).__name__
+            why = " ".join(str(error).split())[:200]
+            raise ValueError(f"--bridge mirror: {kind} cannot be mirrored: {why}") from None
+        return tower
+
+    def copy_weights(self, llm: FrozenLLM) -> None:
+        """All of the LLM's decoder but its table of words."""
+        mine = self.decoder.state_dict()
+        theirs = llm.model.get_decoder().state_dict()
+        self.decoder.load_state_dict({name: theirs[name] for name in theirs if name in mine})
+
+    def check(self, llm: FrozenLLM) -> None:
+        """Every image token must see every other, all of the caption and none of the padding: asked
+        of the gradients. ValueError if it is not so."""
+        llm.keep(self.reads)
+        context = llm.context(["a red circle", "two"])
+        generator = torch.Generator().manual_seed(0)
+        states = []
+        for x in (*context.keys, *context.values):
+            states.append(x.detach().float().cpu().requires_grad_())
+        keys = states[: len(self.reads)]
+        values = states[len(self.reads) :]
+        lengths = context.lengths.cpu()
+        img = torch.randn(2, 3, self.width, generator=generator).requires_grad_()
+        out = self.decode(img, Context(keys, values, lengths))
+
+        # a plain sum would be blind: behind a LayerNorm it is constant
+        some = torch.randn(out.shape, generator=generator)
+        for token in range(3):
+            asked = (some * out)[:, token].sum()
+            grads = torch.autograd.grad(asked, [img, *states], retain_graph=True)
+            if (grads[0].abs().amax(-1) == 0).any():
+                raise ValueError("its attention stays causal over the picture")
+            seen = torch.stack([grad.abs().amax((1, 3)) for grad in grads[1:]])
+            seen = seen.amax(0) > 0  # (2, T)
+            valid = torch.arange(seen.shape[1]) < lengths[:, None]
+            if not torch.equal(seen, valid):
+                raise ValueError("the picture sees padding, or not all of the caption")
+
+        # and longer padding must change nothing
+        longer_keys = [F.pad(x, (0, 0, 0, 4)) for x in keys]
+        longer_values = [F.pad(x, (0, 0, 0, 4)) for x in values]
+        with torch.no_grad():
+            padded = self.decode(img, Context(longer_keys, longer_values, lengths))
+        if not torch.allclose(padded, out, rtol=1e-3, atol=1e-3):
+            raise ValueError("padding changes the picture")
+
+
+class ReadOnlyCache(DynamicCache):
+    """The text's keys and values, in front of whatever a layer hands in; that is not kept, so a
+    layer may run twice."""
+
+    def __init__(self, context: Context, reads: list[int]):
+        super().__init__()
+        for index, keys, values in zip(reads, context.keys, context.values):
+            super().update(keys, values, index)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        text = self.layers[layer_idx]
+        dtype = key_states.dtype
+        keys = torch.cat([text.keys.to(dtype), key_states], dim=2)
+        values = torch.cat([text.values.to(dtype), value_states], dim=2)
+        return keys, values  # (B, G, T+N, Dk), (B, G, T+N, Dv)
+
+
+def cache_mask(context: Context, N: int, dtype: torch.dtype, causal: bool) -> Tensor:
+    """(B, 1, N, T+N): 0 where N tokens after the caption see it and each other (causally, if so),
+    the least number else."""
+    device = context.lengths.device
+    T = context.keys[0].shape[2]
+    B = len(context.lengths)
+    padding = torch.arange(T, device=device) >= context.lengths[:, None]  # (B, T)
+    later = torch.ones(N, N, dtype=torch.bool, device=device).triu(1) & causal
+    unseen = torch.cat([padding[:, None].expand(-1, N, -1), later.expand(B, N, N)], dim=2)
+    mask = torch.zeros(unseen.shape, device=device, dtype=dtype)
+    return mask.masked_fill_(unseen, torch.finfo(dtype).min)[:, None]
