@@ -246,7 +246,7 @@ def colon_form(text: str, known: dict[str, tuple] | None = None, flag: str = "")
     options = {}
     for part in parts:
         option, equals, value = part.partition("=")
-        if known is not None and option not in known[name]:
+        if known is not None and (option == "" or option not in known[name]):
             if equals or "" not in known[name]:
                 owns = ", ".join(filter(None, known[name])) or "none"
                 raise ValueError(f"{said}: {name} has no option {option!r}; it has {owns}")
@@ -255,7 +255,8 @@ def colon_form(text: str, known: dict[str, tuple] | None = None, flag: str = "")
         elif not equals:
             value = True
         if value == "":
-            raise ValueError(f"{said}: expected a value, as in {option or name}=VALUE")
+            example = f"{option}=VALUE" if option else f"{name}:VALUE"
+            raise ValueError(f"{said}: expected a value, as in {example}")
         key = option.replace("-", "_")
         if key in options:
             raise ValueError(f"{said}: expected {option or 'a value'} once, not twice")

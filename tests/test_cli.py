@@ -1,4 +1,5 @@
-"""No command ends in a traceback, writes half a file, or goes on with something else than it began with."""
+"""No command ends in a traceback, writes half a file, or goes on with something else than it began
+with; what its flags say is checked."""
 
 import io
 import json
@@ -21,10 +22,13 @@ from PIL import Image
 
 import cli
 import evaluate
+import runs
 import sample
 import train
 from conftest import save_tiny_llm
 from data import Shapes
+from extras import race
+from extras.renamed import RENAMED
 from model import read_safetensors
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +64,8 @@ def fail_inductor():
 
 
 def fail_in_a_worker():
-    raise RuntimeError("a worker died:\nTraceback (most recent call last):\n  File x\nOSError: no room")
+    trace = "Traceback (most recent call last):\n  File x\nOSError: no room"
+    raise RuntimeError(f"a worker died:\n{trace}")
 
 
 def fail_with(error):
@@ -70,23 +75,38 @@ def fail_with(error):
 BROKEN_PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
 LIBRARIES = [  # what their errors are, and what must be said
     (lambda: Image.open(io.BytesIO(BROKEN_PNG)).load(), "broken PNG|cannot identify"),
-    (lambda: safetensors.torch.save_file({"x": torch.zeros(1)}, "/no/such/folder/x"), "SafetensorError: .*No such file"),
+    (
+        lambda: safetensors.torch.save_file({"x": torch.zeros(1)}, "/no/such/folder/x"),
+        "SafetensorError: .*No such file",
+    ),
     (lambda: pickle.loads(b"not a pickle"), "UnpicklingError"),
     (lambda: jinja2.Template("{% for %}"), "TemplateSyntaxError: "),
     (lambda: tokenizers.Tokenizer.from_str("{"), "Exception: "),
     (lambda: {}["x"], "KeyError: 'x'"),
     (lambda: [][0], "IndexError: "),
-    (lambda: fail_with(AssertionError()), "AssertionError [(]FROZEN_LLM_TRACEBACK=1 shows where[)]$"),
+    (
+        lambda: fail_with(AssertionError()),
+        "AssertionError [(]FROZEN_LLM_TRACEBACK=1 shows where[)]$",
+    ),
     (lambda: fail_with(BaseException("a panic in Rust is no Exception")), "panic"),
     (lambda: fail_with(ValueError("x" * 10**6)), "x…$"),
     (lambda: fail_with(RuntimeError("Traceback (most recent call last)")), "RuntimeError"),
     (fail_inductor, "--compile needs a compiler"),
     (fail_in_a_worker, "RuntimeError: a worker died: OSError: no room"),
-    (lambda: torch.empty(2**55), "not enough memory; make --batch-size, --image-size or --width smaller"),
+    (
+        lambda: torch.empty(2**55),
+        "not enough memory; make --batch-size, --image-size or --width smaller",
+    ),
     (lambda: torch.empty(2**62, 2**62), "not enough memory; make --batch-size"),
     (lambda: np.empty(2**55), "not enough memory; make --batch-size"),
-    (lambda: fail_with(torch.OutOfMemoryError("CUDA out of memory.")), "not enough memory; make --batch-size"),
-    (lambda: fail_with(ModuleNotFoundError("No module named 'gguf'")), "'gguf': pip install -r requirements.txt"),
+    (
+        lambda: fail_with(torch.OutOfMemoryError("CUDA out of memory.")),
+        "not enough memory; make --batch-size",
+    ),
+    (
+        lambda: fail_with(ModuleNotFoundError("No module named 'gguf'")),
+        "'gguf': pip install -r requirements.txt",
+    ),
 ]
 
 
@@ -109,8 +129,10 @@ def test_control_c_while_working(capsys):
 
 
 def test_control_c_while_torch_is_imported(tmp_path):
-    """The real process, stopped at a moment that Python itself tells: as it is importing torch's parts."""
-    words = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "--out", str(tmp_path / "run")]
+    """The real process, stopped at a moment that Python itself tells: as it is importing torch's
+    parts."""
+    words = [sys.executable, "-X", "importtime", str(ROOT / "train.py")]
+    words += ["--out", str(tmp_path / "run")]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if "torch._" in line:
@@ -148,9 +170,15 @@ def test_nobody_reads_the_help():
     """The real process: else Python says so at its very end, in two lines of its own."""
     read_end, write_end = os.pipe()
     os.close(read_end)
-    words = [sys.executable, "-c", "import cli, sys; cli.one_line_errors(lambda: cli.OneLineParser().parse_args(['-h']))"]
-    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
-    done = subprocess.run(words, stdout=write_end, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered)
+    code = "import cli; cli.one_line_errors(lambda: cli.OneLineParser().parse_args(['-h']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+    )
     os.close(write_end)
     assert done.returncode == 141 and len(done.stderr.splitlines()) == 1, done.stderr
 
@@ -165,22 +193,28 @@ def test_a_terminal_without_the_letters_of_a_prompt(encoding, monkeypatch):
 
 def test_words_of_any_terminal():
     assert cli.words("→ 猫 \U0001f431") == "→ 猫 \U0001f431"
-    assert cli.words("猫".encode().decode("ascii", "surrogateescape")) == "猫", "UTF-8 where the locale says ASCII"
+    in_ascii = "猫".encode().decode("ascii", "surrogateescape")
+    assert cli.words(in_ascii) == "猫", "UTF-8 where the locale says ASCII"
     assert cli.words("caf\udce9") == "caf\ufffd"
     cli.words("\ud83d").encode("utf-8")  # has no half characters
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # numbers
 
 
-COMMANDS = {"train": train.parse_args, "sample": sample.main, "evaluate": evaluate.parse_args}
+COMMANDS = {
+    "train": train.parse_args,
+    "sample": sample.main,
+    "evaluate": evaluate.main,
+    "race": lambda flags: race.main(["mot", *flags]),
+}
 NUMBERS = {
-    "train": ["--lr", "--weight-decay", "--ema", "--caption-dropout", "--time-mean", "--context-cache-mb", "--steps",
-              "--batch-size", "--warmup", "--seed", "--think"],
+    "train": ["--lr", "--weight-decay", "--caption-dropout", "--steps", "--batch-size", "--seed"],
     "sample": ["--guidance", "--steps", "--n", "--seed"],
-    "evaluate": ["--guidance", "--minutes", "--n", "--limit", "--seed"],
-}  # fmt: skip
+    "evaluate": ["--guidance", "--n", "--limit", "--seed"],
+    "race": ["--minutes", "--seeds", "--n", "--limit"],
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -193,7 +227,7 @@ def test_what_is_no_number_is_refused(command, capsys):
 
 def test_every_numeric_flag_is_checked():
     """float("nan") is a float: a flag of type float or int takes what no computation can."""
-    for path in ROOT.glob("*.py"):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("extras/*.py")):
         assert not re.search(r"type=(float|int)\b", path.read_text("utf-8")), path.name
 
 
@@ -218,10 +252,14 @@ def test_layers_beyond_all_numbers(tiny_run, capsys):
     assert "--layers 0-99999999999: expected" in told
 
 
-def test_the_guidance_interval_is_one(capsys):
-    for given in (("nan", "1"), ("0", "inf"), ("0.8", "0.2")):
-        told = refusal(capsys, sample.main, "--prompt", "x", "--guidance-interval", *given)
-        assert "--guidance-interval" in told
+def test_guidance_and_what_belongs_to_it(capsys):
+    assert cli.guidance_form("3") == (3, (0, 1), False)
+    assert cli.guidance_form("-1.5:from=0.2:to=0.8:renorm") == (-1.5, (0.2, 0.8), True)
+    for options in ("from=nan:to=1", "from=0:to=inf", "from=0.8:to=0.2", "from", "to=", "renorm=1"):
+        told = refusal(capsys, sample.main, "--prompt", "x", "--guidance", f"3:{options}")
+        assert "--guidance" in told and "expected" in told, told
+    told = refusal(capsys, sample.main, "--prompt", "x", "--guidance", "3:until=1")
+    assert "3 has no option 'until'; it has from, to, renorm" in told
 
 
 def test_what_is_drawn_must_be_finite():
@@ -232,7 +270,72 @@ def test_what_is_drawn_must_be_finite():
             sample.to_pixels(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# choices with what belongs to them, and flags of older versions
+
+KNOWN = {"lap": ("stride", "per-layer"), "think": ("", "frame"), "mot": ()}
+FORMS = {
+    "mot": ("mot", {}),
+    "lap:stride=2:per-layer": ("lap", {"stride": "2", "per_layer": True}),
+    "think:40:frame=a=b": ("think", {"": "40", "frame": "a=b"}),
+    r"think:frame=C:\x\y.txt:8": ("think", {"": "8", "frame": r"C:\x\y.txt"}),
+    "think:frame=https://x/y": ("think", {"frame": "https://x/y"}),
+}
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_the_colon_form(text):
+    assert cli.colon_form(text, KNOWN) == FORMS[text]
+
+
+NO_FORMS = {
+    "lab:stride=1": "--bridge lab:stride=1: expected one of lap, think, mot",
+    "lap:strid=1": "--bridge lap:strid=1: lap has no option 'strid'; it has stride, per-layer",
+    "mot:stride=1": "mot has no option 'stride'; it has none",
+    "lap:stride=": "expected a value, as in stride=VALUE",
+    "lap::per-layer": "lap has no option ''",
+    "think:": "expected a value, as in think:VALUE",
+    "think:4:5": "expected a value once, not twice",
+    "lap:stride=1:stride=2": "expected stride once, not twice",
+    "": "expected one of",
+}
+
+
+@pytest.mark.parametrize("text", NO_FORMS)
+def test_what_is_no_colon_form(text):
+    with pytest.raises(ValueError) as refused:
+        cli.colon_form(text, KNOWN, "--bridge")
+    assert NO_FORMS[text] in str(refused.value)
+
+
+def test_a_folder_may_have_a_colon(tmp_path, monkeypatch):
+    assert cli.data_form("shapes:one-object") == ("shapes", {"one_object": True})
+    assert cli.data_form(r"C:\pictures") == (r"C:\pictures", {})
+    assert cli.data_form(str(tmp_path)) == (str(tmp_path), {})
+    if os.name != "nt":
+        monkeypatch.chdir(tmp_path)
+        Path("shapes:one-object").mkdir()
+        assert cli.data_form("shapes:one-object") == ("shapes:one-object", {})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_flag_of_an_older_version_answers_with_its_new_form(command, capsys):
+    for flag, form in RENAMED.items():
+        if (command, flag) in STILL_THERE:
+            continue
+        told = refusal(capsys, COMMANDS[command], flag, "1")
+        assert f": {flag} is now {form} (--help" in told, told
+
+
+STILL_THERE = {
+    ("train", "--batch-size"),
+    ("train", "--image"),  # short for --image-size
+    ("race", "--minutes"),
+    ("race", "--seeds"),
+}
+
+
+# --------------------------------------------------------------------------------------------------
 # folders and files
 
 
@@ -247,7 +350,8 @@ def test_a_file_is_whole_or_what_it_was(tmp_path):
         cli.write_whole(path, half)
     assert not list(tmp_path.iterdir())
     path.write_bytes(b"whole")
-    with pytest.raises(OSError, match="x.png could not be written; what it held before is untouched: "):
+    untouched = "x.png could not be written; what it held before is untouched: "
+    with pytest.raises(OSError, match=untouched):
         cli.write_whole(path, half)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"whole"]
     cli.write_whole(path, Image.new("RGB", (2, 2)).save)
@@ -257,7 +361,7 @@ def test_a_file_is_whole_or_what_it_was(tmp_path):
 def test_a_checkpoint_is_for_everybody_that_the_user_lets_read(a_run):
     """safetensors' own files are private: nobody else could draw with the run."""
     modes = {path.name: path.stat().st_mode for path in a_run.iterdir()}
-    assert modes["model.safetensors"] == modes[train.STATE] == modes["metrics.jsonl"]
+    assert modes["model.safetensors"] == modes[runs.STATE] == modes["metrics.jsonl"]
 
 
 def test_the_disk_is_full(tiny_run, tmp_path, capsys):
@@ -270,7 +374,8 @@ def test_the_disk_is_full(tiny_run, tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     last = told.strip().splitlines()[-1]
-    assert status == 2 and "train_state.safetensors could not be written" in last and "too large" in last
+    assert status == 2 and "train_state.safetensors could not be written" in last
+    assert "too large" in last
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert left <= {".lock", "metrics.jsonl"}, left
     train.main([*tiny_run, "--steps", "1"])  # there is room again
@@ -280,14 +385,17 @@ def test_a_place_where_nothing_can_be_written(a_run, tmp_path, capsys):
     taken = tmp_path / "taken"
     taken.touch()
     draw = ["--ckpt", a_run, "--prompt", "x", "--steps", "1", "--device", "cpu"]
-    assert "taken: nothing can be written there" in refusal(capsys, sample.main, *draw, "--out", taken)
-    assert "x: nothing can be written there" in refusal(capsys, sample.main, *draw, "--out", taken / "x")
+    told = refusal(capsys, sample.main, *draw, "--out", taken)
+    assert "taken: nothing can be written there" in told
+    told = refusal(capsys, sample.main, *draw, "--out", taken / "x")
+    assert "x: nothing can be written there" in told
     score = ["--ckpt", a_run, "--suite", "parrot", "--limit", 1, "--out", taken, "--device", "cpu"]
     assert "taken: nothing can be written there" in refusal(capsys, evaluate.main, *score)
 
 
 def test_what_a_run_would_overwrite_is_kept(a_run, tiny_run, llm_folder, capsys):
-    """The LLM's own folder as --out; a run that was downloaded without its state; the user's notes."""
+    """The LLM's own folder as --out; a run that was downloaded without its state; the user's
+    notes."""
     weights = llm_folder("qwen2") / "model.safetensors"
     before = weights.read_bytes()
     told = refusal(capsys, train.main, *tiny_run, "--out", weights.parent, "--steps", "1")
@@ -296,12 +404,14 @@ def test_what_a_run_would_overwrite_is_kept(a_run, tiny_run, llm_folder, capsys)
     (a_run / "README.md").write_text("my notes")
     train.main(["--resume", "--out", str(a_run), "--steps", "2"])
     assert (a_run / "README.md").read_text() == "my notes"
-    (a_run / train.STATE).unlink()
-    assert "already holds a model.safetensors" in refusal(capsys, train.main, *tiny_run, "--steps", "1")
+    (a_run / runs.STATE).unlink()
+    told = refusal(capsys, train.main, *tiny_run, "--steps", "1")
+    assert "already holds a model.safetensors" in told
 
 
 def test_large_pictures_are_not_drawn_many_steps_ahead(tiny_llm, monkeypatch):
-    """The captions of 32 steps go to the LLM together; their pictures, at 512 pixels, would be gigabytes."""
+    """The captions of 32 steps go to the LLM together; their pictures, at 512 pixels, would be
+    gigabytes."""
     llm = tiny_llm("qwen2")
 
     def first_steps() -> list:
@@ -336,24 +446,28 @@ def test_one_picture_into_its_file(a_run, tmp_path, capsys):
     sample.main([str(word) for word in draw])
     assert Image.open(tmp_path / "new" / "cat.png").size == (16, 16)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["cat.png"]
-    assert "cat.png is a file, for one picture; expected a folder for 2" in refusal(capsys, sample.main, *draw, "--n", 2)
+    told = refusal(capsys, sample.main, *draw, "--n", 2)
+    assert "cat.png is a file, for one picture; expected a folder for 2" in told
 
 
 def test_prompts_that_are_no_file_names(a_run, tmp_path):
     prompts = ["猫" * 300, "🐱", "CON", "a/b\\c:d?", "\udce9", ""]
     flags = [word for prompt in prompts for word in ("--prompt", prompt)]
-    place = ["--ckpt", str(a_run), "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    place = ["--ckpt", str(a_run), "--steps", "1", "--device", "cpu"]
+    place += ["--out", str(tmp_path / "out")]
     sample.main([*place, *flags])
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert len(names) == len(prompts) + 1
-    assert all(len(name.encode()) < 143 and not re.search(r'[<>:"/\\|?*]', name) for name in names), names
+    for name in names:
+        assert len(name.encode()) < 143 and not re.search(r'[<>:"/\\|?*]', name), name
 
 
 def test_layouts_keep_to_their_folder(tmp_path, capsys):
-    for ids, message in ((["../x"], "what a file can be named after"), ([3, 3], "stands there twice")):
-        prompts = tmp_path / "prompts.json"
+    prompts = tmp_path / "prompts.json"
+    faults = [(["../x"], "what a file can be named after"), ([3, 3], "stands there twice")]
+    for ids, message in faults:
         prompts.write_text(json.dumps([{"prompt_id": name, "prompt": "x"} for name in ids]))
-        assert message in refusal(capsys, sample.main, "--prompts", prompts, "--layout", "wise")
+        assert message in refusal(capsys, sample.main, "--prompts", f"{prompts}:wise")
 
 
 @pytest.mark.parametrize(
@@ -362,23 +476,24 @@ def test_layouts_keep_to_their_folder(tmp_path, capsys):
 )
 def test_a_grid_is_of_a_size_that_opens(prompts, n, side, caption):
     pictures = np.zeros((prompts, n, side, side, 3), np.uint8)
-    width, height = sample.captioned_grid(pictures, [caption] * prompts).size
+    width, height = cli.captioned_grid(pictures, [caption] * prompts).size
     assert 100 < width < 3000 and 100 < height < 6000, (width, height)
 
 
 def test_windows_has_no_module_resource(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert train.peak_memory_gb(torch.device("cpu")) == "unknown"
+    assert runs.peak_memory(torch.device("cpu")) == "unknown"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a run that goes on
 
 
 def test_two_processes_do_not_train_in_one_folder(a_run, capsys):
     """And a process that is killed leaves no lock behind."""
     resume = ["--resume", "--out", str(a_run), "--steps", "2"]
-    hold = f"import cli, time; lock = cli.Locked({str(a_run)!r}).__enter__(); print('held', flush=True); time.sleep(60)"
+    hold = f"import cli, time; lock = cli.Locked({str(a_run)!r}).__enter__(); "
+    hold += "print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
     assert "run: another process trains there" in refusal(capsys, train.main, *resume)
@@ -404,7 +519,7 @@ def test_a_cut_line_of_metrics(a_run):
 
 def test_a_checkpoint_that_is_none(a_run, tmp_path, capsys):
     draw = ["--prompt", "x", "--steps", "1", "--device", "cpu", "--out", tmp_path / "drawn"]
-    for place in (a_run / "model.safetensors", a_run / train.STATE, "no:name/x"):
+    for place in (a_run / "model.safetensors", a_run / runs.STATE, "no:name/x"):
         told = refusal(capsys, sample.main, *draw, "--ckpt", place)
         assert f"--ckpt {place}: " in told and "Hub" in told
     (a_run / "config.json").write_text("{")  # a copy for the Hub's pages
@@ -412,10 +527,12 @@ def test_a_checkpoint_that_is_none(a_run, tmp_path, capsys):
     weights = a_run / "model.safetensors"
     metadata, tensors = read_safetensors(weights)
     config = json.loads(metadata["config"]) | {"patch": 0}
-    safetensors.torch.save_file(tensors, weights, metadata=metadata | {"config": json.dumps(config)})
+    metadata = metadata | {"config": json.dumps(config)}
+    safetensors.torch.save_file(tensors, weights, metadata=metadata)
     assert "is not an image expert" in refusal(capsys, sample.main, *draw, "--ckpt", a_run)
     weights.write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert "model.safetensors does not read as" in refusal(capsys, sample.main, *draw, "--ckpt", a_run)
+    told = refusal(capsys, sample.main, *draw, "--ckpt", a_run)
+    assert "model.safetensors does not read as" in told
 
 
 def test_an_llm_that_has_moved(tiny_run, llm_folder, tmp_path, capsys, monkeypatch):
@@ -454,7 +571,8 @@ def test_data_that_has_moved_or_changed(tiny_run, tmp_path, capsys):
     train.main([str(word) for word in (*resume, 2, "--data", moved)])
     (moved / "a.txt").write_text("another caption")
     told = refusal(capsys, train.main, *resume, 3)
-    assert f"--data {moved} has changed (then: 3 pictures with captions; now: 3 " in told and "(--out)" in told
+    assert f"--data {moved} has changed (then: 3 pictures with captions; now: 3 " in told
+    assert "(--out)" in told
     assert "has changed" in refusal(capsys, train.main, *resume, 3, "--data", "shapes")
 
 
@@ -462,7 +580,7 @@ def test_older_runs_go_on(tiny_run, tmp_path, capsys):
     """Their state says nothing of the data; then another place of it cannot be proved the same."""
     pictures = picture_folder(tmp_path / "pictures")
     train.main([*tiny_run, "--data", str(pictures), "--steps", "1"])
-    state = tmp_path / "run" / train.STATE
+    state = tmp_path / "run" / runs.STATE
     metadata, tensors = read_safetensors(state)
     older = {key: value for key, value in metadata.items() if not key.startswith("data_")}
     safetensors.torch.save_file(tensors, state, metadata=older)
@@ -479,7 +597,7 @@ def test_older_runs_go_on(tiny_run, tmp_path, capsys):
 
 
 def test_another_expert_is_named(a_run, capsys):
-    state = a_run / train.STATE
+    state = a_run / runs.STATE
     metadata, tensors = read_safetensors(state)
     config = json.loads(metadata["config"]) | {"prediction": "velocity"}
     safetensors.torch.save_file(tensors, state, metadata=metadata | {"config": json.dumps(config)})

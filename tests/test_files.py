@@ -19,8 +19,9 @@ from PIL.PngImagePlugin import PngInfo
 from data import Shapes, open_source
 from extras import files
 from extras.files import Folder, clean_text, read_lines, read_picture, read_text
+from extras.looking import open_picture
 from extras.prompts import read_prompts, split_layout
-from extras.thinking import open_picture, with_reading
+from extras.thinking import with_reading
 
 # --------------------------------------------------------------------------------------------------
 # text files
