@@ -301,6 +301,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--rows", help="only these rows of the suite, with commas")
     first = "what the LLM does first, think:40 or rewrite say: see extras/thinking.py"
     add("--read", metavar="HOW", help=first)
+    own = "the run's own; its partial/ for --rows, --limit or --half choose"
+    add("--out", help=f"folder for the JSON and the pictures (default: {own})")
 
 
 def add_score_flags(parser: argparse.ArgumentParser) -> None:
@@ -314,8 +316,6 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
     add("--guidance", type=between(-1000, 1000), default=3.0, help="guidance scale; 1 is none")
     noise = "of the noise: picture k of all starts from seed + k"
     add("--seed", type=seed_number, default=0, help=noise)
-    own = "the run's own; its partial/ for --rows, --limit or --half choose"
-    add("--out", help=f"folder for the JSON and the pictures (default: {own})")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     arithmetic = "arithmetic of the LLM and the expert"
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help=arithmetic)

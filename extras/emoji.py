@@ -70,6 +70,7 @@ class Emoji:
             ) from None
         self.image_size = image_size
         self.seed = seed
+        self.made_for = {"emoji": {"font": font, "variants": variants}}
         self.glyphs: dict[str, np.ndarray] = {}
         self.names: dict[str, list[str]] = {}
         self.missing: list[str] = []

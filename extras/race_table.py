@@ -1,0 +1,202 @@
+"""What comes of a race: its table, its curves, its picture."""
+
+from math import ceil
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from cli import caption_font
+from evaluate import Prompt, grade, read_suite
+from extras.grids import picture_table
+from extras.intervals import difference, mean_of_rows
+from extras.tables import LEFT_OUT, signed
+
+ON_THE_WAY = {"geneval": 8, "languages": 4}  # suites of the curves, and prompts of each row
+CONTROL = "dense"  # hears nothing of the LLM: the others are compared with it
+INKS = (
+    "#c23b22",
+    "#1f6fb4",
+    "#2a8c3c",
+    "#8a4fbf",
+    "#d98c00",
+    "#444444",
+    "#00938f",
+    "#b3487f",
+    "#7a6a2f",
+    "#6b8cff",
+)
+
+
+def race_table(logs: list[dict], speeds: dict[str, list[float]]) -> dict:
+    """racer -> parameters, images per second, the LLM's share; its scores; its curves, against
+    images, and minutes at that speed. logs: a run each. -> JSON
+
+    speeds: steps a second, pictures a step, the LLM's share of the time. A speed of old has no
+    share: then it is the median of the run's legs, which leaves out what a tower runs through the
+    LLM itself.
+    """
+    table = {}
+    for racer in dict.fromkeys(log["racer"] for log in logs):
+        mine = [log for log in logs if log["racer"] == racer]
+        steps_per_second, batch_size, *share = speeds[racer]
+        rate = steps_per_second * batch_size
+        points = [point for log in mine for point in log["curve"]]
+        if not share:
+            share = [median(point["llm_share"] for point in points)]
+        curves = []
+        for log in mine:
+            curve = []
+            for point in log["curve"]:
+                curve.append(point | {"minutes": point["images"] / rate / 60})
+            curves.append(curve)
+        suites = {}
+        for suite in mine[0]["suites"]:
+            suites[suite] = suite_scores(racer, suite, logs)
+        table[racer] = {
+            "parameters": mine[0]["parameters"],
+            "images": points[-1]["images"],
+            "images/s": rate,
+            "llm_share": share[0],
+            "seeds": [log["seed"] for log in mine],
+            "suites": suites,
+            "curves": curves,
+        }
+    return table
+
+
+def suite_scores(racer: str, suite: str, logs: list[dict]) -> dict:
+    """The rows of a suite and their mean over all seeds, with an interval, the mean of each seed,
+    and the difference to the CONTROL. -> JSON"""
+    drawn = suite in LEFT_OUT
+    runs = runs_of(racer, suite, logs)
+    control = {} if racer == CONTROL else runs_of(CONTROL, suite, logs)
+    mine = [log for log in logs if log["racer"] == racer]
+    rows = {}
+    for row in mine[0]["suites"][suite]["rows"]:
+        tallies = {log["seed"]: {row: log["suites"][suite]["rows"][row]} for log in mine}
+        rows[row] = mean_of_rows(tallies)
+    scores = mean_of_rows(runs, drawn)
+    scores["seeds"] = [log["suites"][suite]["mean"]["score"] for log in mine]
+    scores["minus control"] = difference(runs, control, drawn)
+    scores["rows"] = rows
+    return scores
+
+
+def runs_of(racer: str, suite: str, logs: list[dict]) -> dict[int, dict[str, dict]]:
+    """seed -> row -> tally, of a racer's runs and the rows that count."""
+    runs = {}
+    for log in logs:
+        if log["racer"] == racer:
+            rows = dict(log["suites"][suite]["rows"])
+            for row in LEFT_OUT.get(suite, ()):
+                rows.pop(row, None)
+            runs[log["seed"]] = rows
+    return runs
+
+
+def print_race(table: dict) -> None:
+    suites = list(next(iter(table.values()))["suites"])
+    heads = "".join(f"{suite:>20}" for suite in suites)
+    print(f"{'':22}{'parameters':>11}{'images/s':>10}{'LLM':>6}  {heads}")
+    for racer, line in table.items():
+        cells = ""
+        against = ""
+        for scores in line["suites"].values():
+            low, high = scores["interval"]
+            cell = f"{scores['score']:5.2f} {low:.2f} to {high:.2f}"
+            cells += f"{cell:>20}"
+            paired = scores["minus control"]
+            against += f"{signed(paired) if paired else '':>20}"
+        rate = f"{line['images/s']:10.0f}{line['llm_share']:6.0%}"
+        print(f"{racer:22}{line['parameters']:>11,}{rate}  {cells}")
+        if against.strip():
+            name = f"  minus {CONTROL}"
+            print(f"{name:51}{against}")
+
+
+# --------------------------------------------------------------------------------------------------
+# the picture
+
+WIDTH = 150  # of the legend, beside the curves
+HEIGHT = 300  # of the curves, below the pictures
+TALL = 200  # a panel
+
+
+def shown_prompts(one: bool) -> list[Prompt]:
+    """What every racer draws for the picture of the race. one: prompts for one object alone."""
+    prompts = []
+    for suite in ("geneval", "languages", "knowledge", "position"):
+        only = None
+        if suite == "languages":
+            only = ["Italian", "Spanish", "Chinese", "Japanese", "Hindi"]
+        prompts += read_suite(suite, 1, only, one)
+    return prompts
+
+
+def race_picture(table: dict, folders: dict[str, Path], one: bool) -> Image.Image:
+    """The same prompts and noise, a line for each racer, and below it the scores on the way.
+
+    folders: racer -> a run of it, with drawn.png.
+    """
+    # the pictures
+    prompts = shown_prompts(one)
+    lines = {}
+    for racer in table:
+        drawn = np.asarray(Image.open(folders[racer] / "drawn.png"))
+        cells = []
+        for prompt, picture in zip(prompts, np.hsplit(drawn, len(prompts))):
+            cells.append((picture, prompt.text, grade(prompt, picture).reason is None))
+        lines[racer] = cells
+    top = picture_table([("", lines)])
+
+    # room for the curves, four panels beside each other, and for their legend
+    legend = caption_font("", 12)
+    width = (top.width - WIDTH) // 4
+    longest = ceil(max(map(legend.getlength, table)))
+    size = (max(top.width, 4 * width + 40 + longest), top.height + HEIGHT)
+    sheet = Image.new("RGB", size, "white")
+    sheet.paste(top, (0, 0))
+    ink = ImageDraw.Draw(sheet)
+
+    bottom = top.height + 260
+    left = 20
+    for suite in ON_THE_WAY:
+        for unit in ("images", "minutes"):
+            draw_panel(ink, table, suite, unit, (left, bottom), width - 40)
+            left += width
+    for i, (color, racer) in enumerate(zip(INKS, table)):
+        ink.text((20 + 4 * width, top.height + 50 + 20 * i), racer, fill=color, font=legend)
+    return sheet
+
+
+def draw_panel(
+    ink: ImageDraw.ImageDraw,
+    table: dict,
+    suite: str,
+    unit: str,
+    corner: tuple[int, int],
+    width: int,
+) -> None:
+    """The curves of a suite against images or minutes. corner: the lower left one."""
+    left, bottom = corner
+    most = 0
+    best = 0
+    for line in table.values():
+        for curve in line["curves"]:
+            for point in curve:
+                most = max(most, point[unit])
+                best = max(best, point[suite])
+    best = ceil(10 * best + 0.1) / 10  # the top of the panel: the next tenth
+    ink.rectangle((left, bottom - TALL, left + width, bottom), outline="#bbbbbb")
+    title = f"{suite}, to {best:.1f}, against {unit}, to {most:,.0f}"
+    ink.text((left, bottom - TALL - 18), title, fill="black", font=caption_font("", 11))
+    for color, line in zip(INKS, table.values()):
+        for curve in line["curves"]:
+            places = [corner]
+            for point in curve:
+                x = left + width * point[unit] / most
+                y = bottom - TALL * point[suite] / best
+                places.append((x, y))
+            ink.line(places, fill=color, width=2)
