@@ -16,7 +16,7 @@ from attention import (
 )
 from conftest import random_expert
 from extras import rivals
-from model import Context
+from llm import Context
 
 ROOT = Path(__file__).parent.parent
 
@@ -148,7 +148,7 @@ def test_the_default_compiles_without_a_break(dynamic):
         assert torch.equal(compiled(*tensors, mask), joint_attention(*tensors, mask))
 
 
-@pytest.mark.parametrize("name", ["attention", "flow", "model", "data", "train", "sample"])
+@pytest.mark.parametrize("name", ["attention", "flow", "llm", "model", "data", "train", "sample"])
 def test_the_core_imports_neither_triton_nor_an_extra_at_its_top(name):
     """They are there for who asks for them."""
     tree = ast.parse((ROOT / f"{name}.py").read_text("utf-8"))
@@ -163,7 +163,7 @@ def test_the_core_imports_neither_triton_nor_an_extra_at_its_top(name):
 
 
 def test_the_rivals_compute_the_same():
-    """bench.py times them: each that runs here, and of the others a word why not. Two calls merged
+    """The bench times them: each that runs here, and of the others a word why not. Two calls merged
     by their log-sum-exps have exact gradients."""
     tensors = made(T=16, N=20, dtype=torch.float32)
     tensors[4] = tensors[4][..., :8]
