@@ -71,23 +71,15 @@ def towers() -> dict[str, type]:
     return {tower.__name__: tower for tower in BRIDGES.values()}
 
 
-def llm_options(bridge: str) -> dict:
-    """How load_llm makes the LLM that a bridge needs, "lap:stride=1". ValueError for one that is
-    not known, or has no such option."""
-    name = colon_form(bridge, OPTIONS, "--bridge")[0]
-    if name in ("mot", "mirror"):  # they read keys and values, as every FrozenLLM has them
-        return {}
-    if name in ON_HIDDEN_STATES:
+def llm_options(bridge: str | None = None) -> dict:
+    """How load_llm makes the LLM that a bridge needs, "lap:stride=1"; without one, for any tower
+    out of a checkpoint. ValueError for one that is not known, or has no such option."""
+    name = None
+    if bridge:
+        name = colon_form(bridge, OPTIONS, "--bridge")[0]
+    if name is None or name in ON_HIDDEN_STATES:
         return {"frozen": BridgeLLM.for_model, "auto_class": any_class}
     return {"frozen": BridgeLLM}
-
-
-def llm_options_of(expert: nn.Module) -> dict:
-    """The same for a tower out of a checkpoint."""
-    for name, tower in BRIDGES.items():
-        if type(expert) is tower:
-            return llm_options(name)
-    raise ValueError(f"{type(expert).__name__} is no tower of extras/bridges.py")
 
 
 def build(
