@@ -1,6 +1,7 @@
 """Every command of README.md and RESULTS.md runs: with the real LLM where it names none (the race
 and the probe of an LLM, often loaded, with a tiny one), with fewer steps and a smaller expert."""
 
+import importlib
 import inspect
 import io
 import multiprocessing
@@ -18,8 +19,12 @@ import pytest
 from PIL import Image
 from test_pictures import save_tiny_vlm
 
+import model
+import train
 from conftest import CPU, save_tiny_instruct_llm, save_tiny_llm
-from model import ImageExpert, load_expert
+from extras import race
+from model import ImageExpert
+from sample import load_expert
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -155,3 +160,27 @@ def test_command(command, workplace, terminal):
         assert written or not re.search("--read (think|rewrite)", command)
         for line in files:
             assert Image.open(workplace / line).size[0] > 0
+
+
+def test_the_places_to_change_are_there():
+    """Each exercise ends with the place to change: a file, or a name of a module or of model.py."""
+    exercises = README.split("## Exercises")[1].split("## Sources")[0]
+    ends = re.findall(r"\((`[^)]+)\)$", exercises, re.MULTILINE)
+    assert len(ends) == len(re.findall(r"^\d\. ", exercises, re.MULTILINE))
+    for place in re.findall(r"`([^`]+)`", " ".join(ends)):
+        if place.endswith(".py"):
+            assert (ROOT / place).exists(), place
+            continue
+        owner, name = place.split(".")
+        holder = getattr(model, owner, None) or importlib.import_module(owner)
+        assert hasattr(holder, name), place
+
+
+def test_every_racer_is_one():
+    """The race is run with one bridge alone (INSTEAD); the others are read as it would read them."""
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if words[2:3] == ["extras.race"] and words[1] == "-m":
+            for racer in words[3].split(","):
+                args = train.parse_args(race.flags_of(racer))
+                assert racer.startswith(args.bridge.split(":")[0])
