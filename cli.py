@@ -120,14 +120,8 @@ def flat(text: str) -> str:
 
 
 OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-    "unable to allocate",
-    "alloc_failed",
-    "bad_alloc",
-    "size calculation overflowed",
+    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory",
+    "unable to allocate", "alloc_failed", "bad_alloc", "size calculation overflowed",
     "multiplication overflow",
 )
 
@@ -323,22 +317,6 @@ def pick_dtype(name: str, device):
     if fast:
         return torch.bfloat16, "fast here"
     return torch.float32, "bfloat16 is not fast here"
-
-
-def peak_memory(device) -> str:
-    """The most memory that this process has held so far, in GB: "1.2 GB (3.4 GB on the GPU)"."""
-    import torch
-
-    try:
-        import resource
-    except ImportError:
-        return "unknown"  # Windows
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 1e9 if sys.platform == "darwin" else 1e6  # Macs count bytes, Linux kilobytes
-    said = f"{most / unit:.1f} GB"
-    if device.type == "cuda":
-        said += f" ({torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU)"
-    return said
 
 
 # --------------------------------------------------------------------------------------------------
