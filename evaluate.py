@@ -42,8 +42,8 @@ from data import PROMPTS, Group, Scene
 from extras.colors import delta_e
 from extras.judge import Verdict, judge
 from llm import FrozenLLM
-from model import ImageExpert, load_expert
-from sample import draw, file_words, llm_of, newest_run
+from model import ImageExpert
+from sample import draw, file_words, llm_of, load_expert, newest_run
 
 SUITES = (
     "geneval",
