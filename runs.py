@@ -7,6 +7,7 @@ as one that never was.
 
 import argparse
 import json
+import logging
 import math
 import sys
 import time
@@ -15,12 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cli import write_text, write_whole
 from inspection import check_same_llm
-from model import read_safetensors
+from loading import ask_hub
+from model import ImageExpert, read_expert, read_safetensors
 
 STATE = "train_state.safetensors"
 TIME_BINS = 5  # of equal width in t
@@ -168,6 +172,53 @@ def settings(
                 "(--out)"
             )
     return merged, metadata, tensors
+
+
+# -------------------------------------------------------------------------------------------------
+# finding a run again, to draw with
+
+
+def newest_run(folder: Path = Path("runs")) -> Path:
+    """The folder of the checkpoint that was written last."""
+    runs = sorted(folder.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise ValueError(
+            f"no checkpoint under {folder}/: train one first (python train.py), or name one with "
+            "--ckpt"
+        )
+    return runs[-1].parent
+
+
+def load_expert(ckpt: str, device: torch.device) -> ImageExpert:
+    """A run's folder or a Hub id -> the expert. ValueError, in one line, if that cannot be."""
+    path = find_checkpoint(ckpt)
+    metadata, _ = read_safetensors(path)
+    kind = metadata.get("tower", "ImageExpert")
+    if kind == "ImageExpert":
+        return read_expert(path).to(device)
+    from extras.bridges import towers
+
+    if kind not in towers():
+        raise ValueError(f"{path} is not an image expert of this project (a {kind})")
+    return read_expert(path, towers()[kind]).to(device)
+
+
+def find_checkpoint(ckpt: str) -> Path:
+    """The file of a run's folder, or of a Hub id, fetched if it is not there yet."""
+    path = Path(ckpt) / "model.safetensors"
+    if path.is_file():
+        return path
+    if Path(ckpt).exists() or len(Path(ckpt).parts) != 2:
+        expected = "the folder of a run, with model.safetensors in it, or a Hub id"
+        raise ValueError(f"--ckpt {ckpt}: expected {expected}")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line says what is wrong
+    try:
+        return Path(hf_hub_download(ckpt, path.name, local_files_only=True))
+    except (OSError, HFValidationError):
+        why = ask_hub(ckpt)
+    if why:
+        raise ValueError(f"--ckpt {ckpt}: no such folder, and as a Hub id: {why}")
+    return Path(hf_hub_download(ckpt, path.name))
 
 
 # -------------------------------------------------------------------------------------------------

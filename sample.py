@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
     cli.start()
 
 import argparse
-import logging
 import re
 import sys
 from contextlib import nullcontext
@@ -23,8 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
 from cli import (
@@ -44,10 +41,12 @@ from cli import (
 from flow import euler_sample
 from inspection import check_same_llm
 from llm import FrozenLLM
-from loading import ask_hub, load_llm
-from model import ImageExpert, read_expert, read_safetensors
+from loading import load_llm
+from model import ImageExpert
+from runs import load_expert, newest_run
 
 AT_ONCE = 64  # pictures that are drawn as one batch
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # files of --out
 
 
 @torch.no_grad()
@@ -102,49 +101,6 @@ def to_tensor(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
 
 # -------------------------------------------------------------------------------------------------
 # loading a run
-
-
-def newest_run(folder: Path = Path("runs")) -> Path:
-    """The folder of the checkpoint that was written last."""
-    runs = sorted(folder.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise ValueError(
-            f"no checkpoint under {folder}/: train one first (python train.py), or name one with "
-            "--ckpt"
-        )
-    return runs[-1].parent
-
-
-def load_expert(ckpt: str, device: torch.device) -> ImageExpert:
-    """A run's folder or a Hub id -> the expert. ValueError, in one line, if that cannot be."""
-    path = find_checkpoint(ckpt)
-    metadata, _ = read_safetensors(path)
-    kind = metadata.get("tower", "ImageExpert")
-    if kind == "ImageExpert":
-        return read_expert(path).to(device)
-    from extras.bridges import towers
-
-    if kind not in towers():
-        raise ValueError(f"{path} is not an image expert of this project (a {kind})")
-    return read_expert(path, towers()[kind]).to(device)
-
-
-def find_checkpoint(ckpt: str) -> Path:
-    """The file of a run's folder, or of a Hub id, fetched if it is not there yet."""
-    path = Path(ckpt) / "model.safetensors"
-    if path.is_file():
-        return path
-    if Path(ckpt).exists() or len(Path(ckpt).parts) != 2:
-        expected = "the folder of a run, with model.safetensors in it, or a Hub id"
-        raise ValueError(f"--ckpt {ckpt}: expected {expected}")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line says what is wrong
-    try:
-        return Path(hf_hub_download(ckpt, path.name, local_files_only=True))
-    except (OSError, HFValidationError):
-        why = ask_hub(ckpt)
-    if why:
-        raise ValueError(f"--ckpt {ckpt}: no such folder, and as a Hub id: {why}")
-    return Path(hf_hub_download(ckpt, path.name))
 
 
 def llm_of(
@@ -247,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
             "--prompts FILE"
         )
     out = Path(args.out)
-    into_file = out.suffix.lower() in Image.registered_extensions() and not out.is_dir()
+    into_file = out.suffix.lower() in PICTURES and not out.is_dir()
     if into_file and (layout or len(prompts) * n > 1):
         raise ValueError(
             f"--out {out} is a file, for one picture; expected a folder for {len(prompts) * n}"
