@@ -100,6 +100,8 @@ class Thinking:
         self.flag = "--read think" if show == "all" else "--read rewrite"
         self.written: dict[str, str] = {}
         check_heard(self, getattr(llm, "tokens", False))
+        if hasattr(inside, "picture"):
+            raise ValueError("--read image does not go with --read think or --read rewrite")
         self.check_writes()
         if frame.count("{}") != 1:
             raise ValueError(

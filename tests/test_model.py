@@ -1,13 +1,12 @@
 """The LLM stays frozen and reads each caption once; experts save, load, and refuse what is not theirs."""
 
 import json
-from argparse import Namespace
 
 import pytest
 import torch
 import transformers
 
-from conftest import CPU, DECODERS, random_expert, save_tiny_instruct_llm, save_tiny_llm
+from conftest import CPU, DECODERS, random_expert, save_tiny_llm
 from loading import fingerprint
 from model import (
     CACHE_FOLDER,
@@ -20,7 +19,7 @@ from model import (
     text_layers,
     unpatchify,
 )
-from sample import draw, llm_of, load_expert, thinking_of
+from sample import draw, llm_of, load_expert
 
 
 class CountTokens:
@@ -239,93 +238,3 @@ def test_fingerprint_covers_every_weight():
             weight.view(-1)[0] += 1
             assert fingerprint(model) != before
             weight.view(-1)[0] -= 1
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3", "gpt2"])
-def test_thinking_goes_into_the_cache_once(kind, tiny_llm):
-    """What the LLM writes stands in the cache as if it had been read, no token is computed twice, and the frame is hidden."""
-    llm, other = tiny_llm(kind), tiny_llm(kind)
-    for one in (llm, other):
-        one.keep(range(3), hidden=[0, 3])  # keys and values, and hidden states as some bridges read them
-    empty = llm.lookup([""])[""]
-    read, frame, captions = [], "red => blue\n{} =>", ["a red circle", "an orange cross"]
-    llm.think(frame, 8)
-    hook = llm.model.get_input_embeddings().register_forward_hook(lambda m, args, out: read.append(args[0].numel()))
-    rows = llm.lookup(captions)
-    hook.remove()
-    frame_tokens = len(llm.tokenizer(frame.split("{}")[0]).input_ids)
-    computed = 0
-    for caption in captions:
-        ids = llm.tokenizer(frame.format(caption)).input_ids
-        prompt = torch.tensor([ids])
-        out = llm.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False,
-                                 pad_token_id=0)[0]  # fmt: skip
-        ends = [i for i in range(len(ids), len(out)) if "\n" in llm.tokenizer.decode(out[len(ids) : i + 1])]
-        out = out[: ends[0] + 1] if ends else out
-        assert llm.written[caption] == llm.tokenizer.decode(out[len(ids) :], skip_special_tokens=True).strip()
-        cache = llm._run(out[None, :-1], output_hidden_states=True)
-        whole = llm._pack(cache, torch.tensor([len(out) - 1]))[0]
-        bos = [0] if llm.tokenizer("").input_ids else []
-        expected = whole[[*bos, *range(frame_tokens, len(out) - 1)]]
-        assert rows[caption].shape == expected.shape
-        difference = (rows[caption] - expected).abs().max()
-        assert difference < 1e-4, f"written on the go = read in one pass: {difference}"
-        computed += len(out) - 1 - frame_tokens
-    assert sum(read) == computed, "the frame is read once for all captions, and every other token once"
-    assert torch.equal(llm.lookup([""])[""], empty), "the unconditional branch is as in training"
-    llm.think(frame, 8, "written")
-    for caption, row in llm.lookup(captions).items():
-        tail = len(row) - len([0] if llm.tokenizer("").input_ids else [])
-        assert torch.equal(row[-tail:], rows[caption][-tail:]), "a slice of the cache"
-        assert tail <= 8 if len(llm.written[caption]) > 1 else torch.equal(row, rows[caption]), "nothing written: the prompt"
-    llm.think(None)
-    assert torch.equal(llm.lookup(captions)[captions[0]], other.lookup(captions)[captions[0]])
-    with pytest.raises(ValueError, match="expected a text with one {}"):
-        llm.think("no place", 8)
-
-
-def test_what_is_drawn_after_thinking(tiny_llm, tmp_path):
-    """--think shows the prompt and what follows it, --rewrite what was written, --rewrite reencode reads that alone."""
-    llm, prompts = tiny_llm("qwen2"), ["a red circle", "an orange cross"]
-    plain = llm.lookup(prompts)
-    frame = tmp_path / "frame.txt"
-    frame.write_text("red => blue\n{} =>\n")
-    options = {"think": None, "rewrite": None, "frame": str(frame)}
-    assert thinking_of(llm, Namespace(**options | {"frame": None})) is None and not llm.written
-    with pytest.raises(ValueError, match="--frame .* is for --think or --rewrite"):
-        thinking_of(llm, Namespace(**options))
-    lengths = {}
-    for name, more in (("all", {"think": 6}), ("written", {"think": 6, "rewrite": "context"})):
-        thinking = thinking_of(llm, Namespace(**options | more))
-        assert thinking == ["red => blue\n{} =>", 6, name]
-        llm.think(*thinking)
-        lengths[name] = [len(llm.lookup(prompts)[prompt]) for prompt in prompts]
-    assert max(lengths["written"]) <= 6 < min(lengths["all"]), "only what was written, or the prompt as well"
-    llm.think(*thinking_of(llm, Namespace(**options | {"rewrite": "reencode"})))
-    rows, texts = llm.lookup(prompts), [llm.written[prompt] or prompt for prompt in prompts]
-    llm.think(None)
-    assert texts != prompts and torch.equal(llm.lookup(prompts)[prompts[0]], plain[prompts[0]]), "read as before"
-    assert all(torch.equal(llm.lookup([text])[text], rows[prompt]) for prompt, text in zip(prompts, texts))
-    with pytest.raises(ValueError, match="nowhere.txt cannot be read"):
-        thinking_of(llm, Namespace(**options | {"think": 6, "frame": "nowhere.txt"}))
-    frame.write_text("Say it.")
-    with pytest.raises(ValueError, match="expected a text with one {}"):
-        llm.think(*thinking_of(llm, Namespace(**options | {"think": 6})))
-    frame.write_text("red " * 80 + "{}")
-    with pytest.raises(ValueError, match="leaves .* no room to think"):
-        llm.think(*thinking_of(llm, Namespace(**options | {"think": 6})))
-
-
-def test_chat(tiny_llm, tmp_path):
-    """The model's own chat template around the caption; a model without one is refused."""
-    with pytest.raises(ValueError, match="has no chat template; expected an instruct model"):
-        tiny_llm("llama").chat()
-    save_tiny_instruct_llm(tmp_path / "instruct")
-    llm = load_llm(str(tmp_path / "instruct"), CPU, torch.float32)
-    assert llm.chat("draw {}") == "<user>draw {}\n<say>"
-    llm.read(llm.chat("draw {}"), "after")
-    ids, bos = llm.tokenize("a red circle"), llm.tokenizer.bos_token_id
-    assert ids[0] == bos and bos not in ids[1:], "one BOS, the tokenizer's own"
-    assert llm.tokenizer.decode(ids[1:]) == "<user>draw a red circle\n<say>"
-    row = llm.lookup(["a red circle"])["a red circle"]
-    assert len(row) == len(llm.tokenizer("\n<say>", add_special_tokens=False).input_ids)
