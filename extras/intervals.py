@@ -122,9 +122,9 @@ Tallies = dict[int, dict[str, dict]]
 
 
 def sample_of(runs: Tallies, rows_are_drawn: bool) -> Sample:
-    """Runs of old kept no verdicts, only shares. Then the right ones are taken to come first, so that
-    a picture's likeness to that of another seed is not underestimated; and where rows are drawn anew,
-    scenes are not."""
+    """Runs of old kept no verdicts, only shares. Then the right ones are taken to come first, so
+    that a picture's likeness to that of another seed is not underestimated; and where rows are
+    drawn anew, scenes are not."""
     values, rows, scenes, seeds = [], [], [], []
     for seed, tallies in runs.items():
         for row, entry in tallies.items():
@@ -174,7 +174,8 @@ def difference(ours: Tallies, theirs: Tallies, rows_are_drawn: bool = False) -> 
         return None
     first = sample_of(ours, rows_are_drawn)
     second = sample_of(theirs, rows_are_drawn)
-    if not np.array_equal(first.scenes, second.scenes) or not np.array_equal(first.rows, second.rows):
+    same_scenes = np.array_equal(first.scenes, second.scenes)
+    if not same_scenes or not np.array_equal(first.rows, second.rows):
         return None
     sample = replace(first, values=first.values - second.values)
     return {"score": sample.score(), "interval": difference_interval(sample)}
