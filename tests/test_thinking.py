@@ -186,8 +186,8 @@ def test_flags_of_train(tiny_llm, tmp_path):
         llm.reader = again
         assert torch.equal(llm.lookup(["a red circle"])["a red circle"], row), read
     assert reader_from_flags(llm, "{}", "chat")[1]["template"] == said
-    stored = reader_from_flags(llm, "{}", "rewrite:reencode:chat")[1]
-    assert stored["thinking"][1:] == [48, "reencode"]
+    stored = reader_from_flags(llm, "{}", f"rewrite:reencode:chat:frame={frame}")[1]
+    assert stored["template"] == said and stored["thinking"][1:] == [48, "reencode"]
     for template in ("no place", "{} {}"):
         with pytest.raises(ValueError, match="expected a text with one {}"):
             reader_from_flags(llm, template, None)
@@ -218,11 +218,13 @@ def test_a_template_and_what_is_read_of_it(tiny_llm):
         bridge_llm.keep([0], room=50)
 
 
-def test_what_the_checkpoint_brings_stays_around_what_the_command_asks(tiny_llm):
+def test_what_the_checkpoint_brings_stays_around_what_the_command_asks(tiny_llm, tmp_path):
     """--read think takes the place of the checkpoint's thinking, inside its template."""
     llm = tiny_llm("qwen2")
     llm.reader = reader_from(llm, {"template": "<{}>", "thinking": ["{} =>", 3, "all"]})
-    reader = with_reading(llm, "think:4")
+    frame = tmp_path / "frame.txt"
+    frame.write_text("{} =>")
+    reader = with_reading(llm, f"think:4:frame={frame}")
     assert reader.tokens == 4 and isinstance(reader.inside, Template)
     assert reader.read("") == Template(llm, "<{}>").read("")
 
