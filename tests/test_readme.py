@@ -177,7 +177,7 @@ def test_the_places_to_change_are_there():
 
 
 def test_every_racer_is_one():
-    """The race is run with one bridge alone (INSTEAD); the others are read as it would read them."""
+    """The race is run with one bridge alone (INSTEAD); the others are read as it reads them."""
     for command in COMMANDS:
         words = shlex.split(command)
         if words[2:3] == ["extras.race"] and words[1] == "-m":
