@@ -1,0 +1,58 @@
+"""The probes find what is there and nothing else, and stand beside the run's scores."""
+
+import json
+
+import torch
+
+import train
+from evaluate import SUITES
+from extras import probe
+from extras.colors import lab
+from extras.probe import ridge
+
+LAYERS = {"layer 0", "layer 1", "layer 2"}
+
+
+def test_the_hex_probe_finds_what_is_there_and_nothing_else(tiny_llm, monkeypatch):
+    """A tiny random LLM knows no colour; an LLM whose values were the code's own colour would."""
+    llm = tiny_llm("qwen2")
+    llm.keep(range(len(llm.layers)))
+    blind = probe.probe_hex(llm, 0, 200)
+    assert set(blind) == LAYERS
+    for cells in blind.values():
+        assert cells["interval"][0] < 0.05 and all(x < 0.5 for x in cells["R2"])
+
+    def sees(llm, captions: list[str]) -> list[torch.Tensor]:
+        codes = [list(bytes.fromhex(caption.split("#")[1])) for caption in captions]
+        return [torch.tensor(lab(codes), dtype=torch.float32)] * len(llm.kept)
+
+    monkeypatch.setattr(probe, "hear", sees)
+    seen = probe.probe_hex(llm, 0, 800)
+    assert all(x > 0.9 for cells in seen.values() for x in cells["R2"])
+
+
+def test_ridge_finds_a_linear_map():
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(200, 40, generator=generator)
+    W = torch.randn(40, 3, generator=generator)
+    new = torch.randn(50, 40, generator=generator)
+    assert (ridge(X, X @ W + 2, 1e-4)(new) - (new @ W + 2)).abs().max() < 0.05
+
+
+def test_probe_command(tiny_run, llm_folder, tmp_path, capsys):
+    """Beside a run's scores; and of an LLM alone, with its control."""
+    train.main([*tiny_run, "--steps", "2"])
+    flags = "--limit 2 --steps 1 --device cpu --dtype float32".split()
+    probe.main(["--ckpt", str(tmp_path / "run"), *flags])
+    path = tmp_path / "run" / "partial" / "evaluate.json"
+    results = json.loads(path.read_text("utf-8"))
+    assert set(results["probe-hex"]) == LAYERS
+    assert set(results["probe"]) == LAYERS | {"picture"}
+    assert set(SUITES) < set(results), "scored as evaluate.py does"
+    printed = capsys.readouterr().out
+    assert "English" in printed and "layer 2" in printed
+
+    llm = str(llm_folder("qwen2"))
+    probe.main(["--llm", llm, "--out", str(tmp_path / "alone"), *flags])
+    alone = json.loads((tmp_path / "alone" / "probe-hex.json").read_text("utf-8"))
+    assert alone["llm"] == llm and set(alone["pretrained"]) == set(alone["random"]) == LAYERS
