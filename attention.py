@@ -112,7 +112,8 @@ def text_mask(lengths: Tensor, T: int, S: int) -> Tensor:
     return ((place < lengths[:, None]) | (place >= T))[:, None, None, :]
 
 
-# Compute capabilities where `python -m extras.bench attention` has shown the kernel to be faster. None so far.
+# Compute capabilities where `python -m extras.bench attention` has shown the kernel to be faster:
+# none so far.
 MEASURED: set[tuple[int, int]] = set()
 
 

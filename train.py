@@ -28,7 +28,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runs
-
 from cli import (
     Locked,
     OneLineParser,
@@ -78,7 +77,7 @@ def train_step(
     generator = step_generator(args.seed, run.step)
     data = to_tensor(pictures, run.device)  # (B, C, height, width) in [-1, 1]
     noise = torch.randn(data.shape, generator=generator).to(run.device)
-    t = sample_time(len(data), args.time_mean, 1.0, generator).to(run.device)  # (B,), 0 is pure noise
+    t = sample_time(len(data), args.time_mean, 1.0, generator).to(run.device)  # (B,), 0 is noise
     chance = torch.rand(len(data), generator=generator)
 
     # The caption's context: keys and values that the frozen LLM has for it, from its cache. Some

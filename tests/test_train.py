@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import runs
 import sample
 import train
 from conftest import CPU
 from flow import flow_loss
-from loading import fingerprint
-from model import load_llm
+from inspection import fingerprint
+from loading import load_llm
+from model import read_safetensors
 from sample import load_expert
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +48,12 @@ def test_the_llm_is_frozen(tiny_run):
     expert_before = {name: p.detach().clone() for name, p in run.expert.named_parameters()}
     steps(run, 4)
     assert not any(p.requires_grad or p.grad is not None for p in run.llm.model.parameters())
-    optimized = [id(p) for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]]
+    optimized = [
+        id(p)
+        for optimizer in run.optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
     assert sorted(optimized) == sorted(id(p) for p in run.expert.parameters() if p.requires_grad), (
         "the trainable set, each once"
     )
@@ -54,19 +61,31 @@ def test_the_llm_is_frozen(tiny_run):
     assert all(torch.equal(p, weights_before[name]) for name, p in run.llm.model.named_parameters())
     assert fingerprint(run.llm.model) == hash_before
     assert torch.equal(run.llm.model(input_ids=ids).logits, logits_before)
-    assert any(not torch.equal(p, expert_before[name]) for name, p in run.expert.named_parameters()), "the expert did train"
+    assert any(
+        not torch.equal(p, expert_before[name]) for name, p in run.expert.named_parameters()
+    ), "the expert did train"
 
 
 def test_nothing_of_the_llm_is_saved(tiny_run, tmp_path):
     train.main([*tiny_run, "--steps", "2"])
     files = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"model.safetensors", "train_state.safetensors", "metrics.jsonl", "samples-000002.png"} <= files
+    assert {
+        "model.safetensors",
+        "train_state.safetensors",
+        "metrics.jsonl",
+        "samples-000002.png",
+    } <= files
     expert = load_expert(str(tmp_path / "run"), CPU)
     names = set(expert.state_dict())
     assert set(load_file(tmp_path / "run" / "model.safetensors")) == names
     stored = set(load_file(tmp_path / "run" / "train_state.safetensors"))
-    assert {key.split(".", 1)[1] for key in stored} == names, "weights, averages and moments of the expert alone"
-    assert expert.made_for["llm_fingerprint"] == load_llm(expert.made_for["llm"], CPU, torch.float32).fingerprint
+    assert {key.split(".", 1)[1] for key in stored} == names, (
+        "weights, averages and moments of the expert alone"
+    )
+    assert (
+        expert.made_for["llm_fingerprint"]
+        == load_llm(expert.made_for["llm"], CPU, torch.float32).fingerprint
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -77,7 +96,7 @@ def test_resumed_equals_uninterrupted(tiny_run, tmp_path, dtype):
     steps(whole, 10)
     part = start(*flags, "--out", tmp_path / "part")
     steps(part, 6)
-    train.save_run(part)
+    runs.save_run(part)
     steps(part, 2)  # done after the checkpoint, and lost by the kill
     resumed = start("--resume", "--out", tmp_path / "part")
     assert resumed.step == 6 and len(resumed.llm._cached) == 0
@@ -91,14 +110,24 @@ def test_resumed_equals_uninterrupted(tiny_run, tmp_path, dtype):
 
 
 def command(*words, cwd=ROOT, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
 
 
-def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path):
+def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path, monkeypatch):
     """The real thing: kill -9 of a running train.py, then --resume in another process, against a run left alone."""
+    monkeypatch.undo()  # the usual warm-up, as the other process has it
     flags = [*tiny_run, "--steps", "150", "--save-every", "5", "--sample-every", "1000"]
     process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, ROOT / "train.py", *flags],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     state = tmp_path / "run" / "train_state.safetensors"
     while not state.exists() and process.poll() is None:
@@ -108,10 +137,13 @@ def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path):
     resumed = command(ROOT / "train.py", "--resume", "--out", tmp_path / "run")
     assert resumed.returncode == 0 and "resumed at step" in resumed.stdout, resumed.stderr
     train.main([*flags, "--out", str(tmp_path / "whole")])
-    ours, theirs = (load_file(tmp_path / name / "train_state.safetensors") for name in ("run", "whole"))
+    ours, theirs = (
+        load_file(tmp_path / name / "train_state.safetensors") for name in ("run", "whole")
+    )
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     losses = [
-        [line.split('"grad_norm"')[0] for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("run", "whole")
+        [line.split('"grad_norm"')[0] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("run", "whole")
     ]
     assert losses[0] == losses[1], "metrics.jsonl has every interval once"
 
@@ -119,7 +151,7 @@ def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path):
 def _save_for_ever(run):
     while True:
         run.step += 1
-        train.save_run(run)
+        runs.save_run(run)
 
 
 def test_kill_while_saving(tiny_run, tmp_path):
@@ -128,7 +160,7 @@ def test_kill_while_saving(tiny_run, tmp_path):
     steps(run, 1)
     started = time.perf_counter()
     for _ in range(20):
-        train.save_run(run)
+        runs.save_run(run)
     twenty_saves_seconds = time.perf_counter() - started  # on a busy machine a save takes longer
     seen, chance = set(), random.Random(0)
     for _ in range(20):
@@ -137,44 +169,67 @@ def test_kill_while_saving(tiny_run, tmp_path):
         time.sleep(chance.uniform(0, max(0.1, twenty_saves_seconds)))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        metadata, tensors = train.read_safetensors(tmp_path / "run" / "train_state.safetensors")
+        metadata, tensors = read_safetensors(tmp_path / "run" / "train_state.safetensors")
         seen.add(int(metadata["step"]))
         expert = load_expert(str(tmp_path / "run"), CPU)
         for name, p in run.expert.named_parameters():
             assert torch.equal(tensors[f"expert.{name}"], p)
         assert all(torch.equal(a, b) for a, b in zip(expert.parameters(), run.ema.parameters()))
-    train.save_run(run)
+    runs.save_run(run)
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {train.STATE, "model.safetensors", "config.json", "README.md"}, "what a kill leaves is cleared away"
+    assert left == {runs.STATE, "model.safetensors", "config.json", "README.md"}, (
+        "what a kill leaves is cleared away"
+    )
     assert len(seen) > 5, f"the kills fell on {len(seen)} different steps"
 
 
 def test_one_batch_is_overfitted(tiny_run):
     """The whole chain learns: four captions, four pictures, and the loss falls to a small part of where it began."""
-    run = start(*tiny_run, "--steps", 300, "--draws", 1, "--batch-size", 4, "--caption-dropout", 0, "--lr", 3e-3, "--patch", 8)
+    run = start(
+        *tiny_run,
+        "--steps",
+        300,
+        "--draws",
+        1,
+        "--batch-size",
+        4,
+        "--caption-dropout",
+        0,
+        "--lr",
+        3e-3,
+        "--patch",
+        8,
+    )
     captions, pictures = next(train.batches(run.source, run.llm, 4, 1, 0))
-    losses = [train.train_step(run, run.expert, captions, pictures)[0].mean().item() for _ in range(300)]
+    losses = [
+        train.train_step(run, run.expert, captions, pictures)[0].mean().item() for _ in range(300)
+    ]
     first, last = np.mean(losses[:10]), np.mean(losses[-10:])
     assert last < 0.1 * first, f"from {first:.3f} to {last:.3f}"
 
 
-@pytest.mark.parametrize("flags, shown", [(["--rewrite", "--think", "4"], "written"),
-                                          (["--rewrite", "reencode", "--think", "4"], "reencode"),
-                                          (["--think", "4"], "all")])  # fmt: skip
-def test_training_on_what_the_llm_writes(flags, shown, tiny_run, tmp_path):
+@pytest.mark.parametrize(
+    "read, shown",
+    [
+        ("rewrite:tokens=4", "written"),
+        ("rewrite:reencode:tokens=4", "reencode"),
+        ("think:4", "all"),
+    ],
+)
+def test_training_on_what_the_llm_writes(read, shown, tiny_run, tmp_path):
     """It is part of the checkpoint: resumed and drawn from, the LLM writes as in training."""
     frame = tmp_path / "frame.txt"
     frame.write_text("red => blue\n{} =>\n")
-    run = start(*tiny_run, "--steps", 2, *flags, "--frame", frame)
+    run = start(*tiny_run, "--steps", 2, "--read", f"{read}:frame={frame}")
     steps(run, 1)
     captions, _ = next(train.batches(run.source, run.llm, 8, run.args.draws, 0))
-    assert set(captions) <= set(run.llm.written), "every caption was written about"
-    train.save_run(run)
+    assert set(captions) <= set(run.llm.reader.written), "every caption was written about"
+    runs.save_run(run)
     frame.unlink()  # it stands in the checkpoint
     train.main(["--resume", "--out", run.args.out])
     expert = load_expert(run.args.out, CPU)
     llm = sample.llm_of(expert, None, CPU, torch.float32)
-    assert llm.thinking == expert.made_for["thinking"] == ["red => blue\n{} =>", run.args.think or 48, shown]
+    assert expert.made_for["thinking"] == ["red => blue\n{} =>", 4, shown]
     row, trained_on = (x.lookup(captions)[captions[0]] for x in (llm, run.llm))
     assert torch.equal(row, trained_on)
 
@@ -196,7 +251,7 @@ def test_training_on_a_folder(tiny_run, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_run, tmp_path):
     run = start(*tiny_run, "--steps", 9)
     steps(run, 2)
-    train.save_run(run)
+    runs.save_run(run)
     before = (tmp_path / "run" / "train_state.safetensors").read_bytes()
     with torch.no_grad():
         run.expert.head.weight[0, 0] = float("nan")
@@ -218,11 +273,11 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_run, llm_folder, t
         (["--depth", "9"], "--depth 9: .* has 3 attention layers"),
         (["--resume"], "--resume: there is no run in"),
         (["--data", tmp_path / "empty"], "holds no captioned picture"),
-        (["--data", "emoji", "--one-object"], "--one-object is for --data shapes alone"),
-        (["--emoji-variants"], "--emoji-variants is for --data emoji alone"),
+        (["--data", "emoji:one-object"], "--data emoji has no option 'one-object'"),
+        (["--data", "shapes:variants"], "--data shapes has no option 'variants'"),
         (["--data", "shapez"], "--data shapez: expected shapes, emoji, or an existing folder"),
         (["--template", "a picture"], "--template 'a picture': expected a text with one {}"),
-        (["--expose", "after"], "--expose after: the template '{}' has no text after the caption"),
+        (["--read", "after"], "--read after: the template '{}' has no text after the caption"),
         (["--llm", "nobody/no-such-llm"], "--llm nobody/no-such-llm: "),
         (["--llm", llm_folder("bert")], "keeps no key-value cache|is not causal"),
         (["--device", "warp"], "--device warp cannot be used here"),
@@ -232,7 +287,13 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_run, llm_folder, t
         with pytest.raises((ValueError, OSError), match=message):
             start(*tiny_run, *flags)
         assert not out.exists(), f"{flags} left {list(out.iterdir())}"
-    for flags in (["--steps", "0"], ["--batch-size", "-4"], ["--lr", "0"], ["--steps", "many"], ["--seed", "-1"]):
+    for flags in (
+        ["--steps", "0"],
+        ["--batch-size", "-4"],
+        ["--lr", "0"],
+        ["--steps", "many"],
+        ["--seed", "-1"],
+    ):
         with pytest.raises(SystemExit) as stop:
             start(*tiny_run, *flags)
         assert stop.value.code == 2
@@ -257,29 +318,60 @@ def test_the_command_line_fails_in_one_line_with_status_2(tmp_path):
     """Through the real process, as a user sees it; tests/test_cli.py has the other ways to fail."""
     done = command("sample.py", "--prompt", "x", "--ckpt", tmp_path / "no")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("sample.py: --ckpt ") and "expected the folder of a run" in done.stderr
+    assert (
+        done.stderr.startswith("sample.py: --ckpt ")
+        and "expected the folder of a run" in done.stderr
+    )
 
 
 def test_a_hub_id_without_a_hub_fails_at_once(tmp_path):
     """A real look for the Hub, with nothing at the other end: one clear line, without a long wait."""
     began = time.perf_counter()
     nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-    done = command("train.py", "--llm", "Qwen/Qwen2.5-0.5B", "--out", tmp_path / "run", env=os.environ | nobody)
+    done = command(
+        "train.py", "--llm", "Qwen/Qwen2.5-0.5B", "--out", tmp_path / "run", env=os.environ | nobody
+    )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "--llm Qwen/Qwen2.5-0.5B: it is not in the local cache, and the Hub cannot be reached" in done.stderr
+    assert (
+        "--llm Qwen/Qwen2.5-0.5B: it is not in the local cache, and the Hub cannot be reached"
+        in done.stderr
+    )
     assert time.perf_counter() - began < 60, "an upper bound on waiting, not a benchmark"
 
 
 def test_sample_command(tiny_run, tmp_path, monkeypatch, capsys):
     train.main([*tiny_run, "--steps", "2"])
     (tmp_path / "prompts.txt").write_text("a blue star\nun cerchio rosso\n")
-    words = ["sample.py", "--ckpt", tmp_path / "run", "--prompt", "a red circle", "--prompts", tmp_path / "prompts.txt"]
-    words += ["--n", 2, "--steps", 2, "--seed", 7, "--out", tmp_path / "out", "--device", "cpu", "--dtype", "float32"]
+    words = [
+        "sample.py",
+        "--ckpt",
+        tmp_path / "run",
+        "--prompt",
+        "a red circle",
+        "--prompts",
+        tmp_path / "prompts.txt",
+    ]
+    words += [
+        "--n",
+        2,
+        "--steps",
+        2,
+        "--seed",
+        7,
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     monkeypatch.setattr(sys, "argv", [str(word) for word in words])
     sample.main()
     printed = capsys.readouterr().out
     written = sorted((tmp_path / "out").iterdir())
-    assert len(written) == 7 and "seed 7" in printed and all(str(path) in printed for path in written)
+    assert (
+        len(written) == 7 and "seed 7" in printed and all(str(path) in printed for path in written)
+    )
     assert Image.open(tmp_path / "out" / "000-a-red-circle-seed7.png").size == (16, 16)
     assert Image.open(tmp_path / "out" / "grid.png").width > 256
 
@@ -290,7 +382,10 @@ def test_loss_is_lower_where_the_caption_is_right(tiny_run):
     steps(run, 250)
     captions, pictures = next(train.batches(run.source, run.llm, 64, 1, 0))
     data = sample.to_tensor(pictures, CPU)
-    noise, t = torch.randn(data.shape, generator=torch.Generator().manual_seed(0)), torch.full((64,), 0.3)
+    noise, t = (
+        torch.randn(data.shape, generator=torch.Generator().manual_seed(0)),
+        torch.full((64,), 0.3),
+    )
     with torch.no_grad():
         right = flow_loss(run.expert, data, noise, t, run.llm.context(captions)).mean()
         wrong = flow_loss(run.expert, data, noise, t, run.llm.context(captions[::-1])).mean()
