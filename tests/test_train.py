@@ -40,7 +40,8 @@ def steps(run: train.Run, n: int) -> None:
 
 
 def test_the_llm_is_frozen(tiny_run):
-    """No gradient, not in the optimizer, the same bytes and the same logits after training as before."""
+    """No gradient, not in the optimizer, the same bytes and the same logits after training as
+    before."""
     run = start(*tiny_run, "--steps", 4)
     ids = torch.arange(1, 9)[None]
     weights_before = {name: p.clone() for name, p in run.llm.model.named_parameters()}
@@ -90,7 +91,8 @@ def test_nothing_of_the_llm_is_saved(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resumed_equals_uninterrupted(tiny_run, tmp_path, dtype):
-    """Killed with -9 after a checkpoint and resumed by a new process' state (cold caption cache): the same bits."""
+    """Killed with -9 after a checkpoint and resumed by a new process' state (cold caption cache):
+    the same bits."""
     flags = [*tiny_run, "--dtype", dtype, "--steps", "10", "--save-every", "3"]
     whole = start(*flags)
     steps(whole, 10)
@@ -121,7 +123,8 @@ def command(*words, cwd=ROOT, **options) -> subprocess.CompletedProcess:
 
 
 def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path, monkeypatch):
-    """The real thing: kill -9 of a running train.py, then --resume in another process, against a run left alone."""
+    """The real thing: kill -9 of a running train.py, then --resume in another process, against a
+    run left alone."""
     monkeypatch.undo()  # the usual warm-up, as the other process has it
     flags = [*tiny_run, "--steps", "150", "--save-every", "5", "--sample-every", "1000"]
     process = subprocess.Popen(
@@ -155,7 +158,8 @@ def _save_for_ever(run):
 
 
 def test_kill_while_saving(tiny_run, tmp_path):
-    """Killed with -9 at twenty random moments of a process that does nothing but save: what is left always loads."""
+    """Killed with -9 at twenty random moments of a process that does nothing but save: what is left
+    always loads."""
     run = start(*tiny_run, "--steps", 2)
     steps(run, 1)
     started = time.perf_counter()
@@ -184,7 +188,8 @@ def test_kill_while_saving(tiny_run, tmp_path):
 
 
 def test_one_batch_is_overfitted(tiny_run):
-    """The whole chain learns: four captions, four pictures, and the loss falls to a small part of where it began."""
+    """The whole chain learns: four captions, four pictures, and the loss falls to a small part of
+    where it began."""
     run = start(
         *tiny_run,
         "--steps",
@@ -325,7 +330,8 @@ def test_the_command_line_fails_in_one_line_with_status_2(tmp_path):
 
 
 def test_a_hub_id_without_a_hub_fails_at_once(tmp_path):
-    """A real look for the Hub, with nothing at the other end: one clear line, without a long wait."""
+    """A real look for the Hub, with nothing at the other end: one clear line, without a long
+    wait."""
     began = time.perf_counter()
     nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     done = command(
@@ -377,7 +383,8 @@ def test_sample_command(tiny_run, tmp_path, monkeypatch, capsys):
 
 
 def test_loss_is_lower_where_the_caption_is_right(tiny_run):
-    """After some training the caption matters: the loss with the right one is below that with another's."""
+    """After some training the caption matters: the loss with the right one is below that with
+    another's."""
     run = start(*tiny_run, "--steps", 250, "--batch-size", 16, "--lr", 3e-3, "--patch", 8)
     steps(run, 250)
     captions, pictures = next(train.batches(run.source, run.llm, 64, 1, 0))
