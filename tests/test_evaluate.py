@@ -1,6 +1,7 @@
 """The suites ask for what training never saw; scores are right; the command writes what it says."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,14 +260,16 @@ def test_evaluate_command(two_runs, capsys):
         evaluate.main([*of_languages, "Klingon", *SHORT])
 
 
-def test_what_the_llm_writes_first_is_scored_apart(two_runs):
-    """--read: what is written beside the run's own scores says in its folder's name how."""
-    ours = two_runs[0]
-    flags = ["--suite", "geneval", "--rows", "colors", "--read", "rewrite:reencode:tokens=2"]
-    evaluate.main(["--ckpt", str(ours), *flags, *SHORT])
-    out = ours / "partial" / "rewrite-reencode-tokens-2"
+def test_what_the_llm_writes_first_is_scored_apart(two_runs, tmp_path, monkeypatch):
+    """--read: such scores stand in a folder of their own, which says how they came about."""
+    monkeypatch.chdir(tmp_path)
+    Path("ask.txt").write_text("say: {}")
+    read = "rewrite:reencode:tokens=2:frame=ask.txt"
+    flags = ["--suite", "geneval", "--rows", "colors", "--read", read]
+    evaluate.main(["--ckpt", str(two_runs[0]), *flags, *SHORT])
+    out = two_runs[0] / "partial" / "rewrite-reencode-tokens-2-frame-ask-txt"
     results = json.loads((out / "evaluate.json").read_text("utf-8"))
-    assert results["geneval"]["settings"]["read"] == "rewrite:reencode:tokens=2"
+    assert results["geneval"]["settings"]["read"] == read
 
 
 def test_evaluate_refuses_bad_input(two_runs, tmp_path, capsys):
