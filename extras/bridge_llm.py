@@ -51,13 +51,14 @@ class BridgeContext(Context):
 
     def concat(self, other: "BridgeContext") -> "BridgeContext":
         """Both batches as one, padded to the longer; each distinct caption still once."""
-        both = super().concat(other)
+        both = super().concat(other)  # keys, values and lengths
         hidden_states = []
         for a, b in zip(self.hidden_states, other.hidden_states):
             hidden_states.append(concat_padded(a, b, dim=1))
         tokens = None
         if self.tokens is not None:
             tokens = concat_padded(self.tokens, other.tokens, dim=1)
+        # text is made anew from both, once for each caption that is distinct in its own batch
         distinct = None
         if self.distinct and other.distinct:
             mine, my_rows = self.distinct
@@ -128,6 +129,7 @@ class BridgeLLM(FrozenLLM):
         if self.tokens:
             once.tokens = self.token_rows(list(found), packed.shape[1])
             context.tokens = once.tokens[rows]
+        # what a bridge computes from a caption it computes once, for all pictures of it
         context.distinct = (once, rows)
         context.padded = any(len(row) < packed.shape[1] for row in found.values())
         return context
@@ -185,7 +187,7 @@ class BridgeLLM(FrozenLLM):
     def unpack(self, packed: Tensor, lengths: Tensor) -> BridgeContext:
         """The inverse of pack."""
         layers = super().unpack(packed, lengths)
-        columns = packed.split(self.widths, dim=-1)
+        columns = packed.split(self.widths, dim=-1)  # keys, values, keys, ..., hidden states
         hidden_states = list(columns[2 * len(self.kept) :])
         return BridgeContext(layers.keys, layers.values, lengths, hidden_states=hidden_states)
 
@@ -214,7 +216,7 @@ class FrozenEncoder(BridgeLLM):
 
     def read_rows(self, ids: Tensor, lengths: Tensor) -> SimpleNamespace:
         place = torch.arange(ids.shape[1], device=ids.device)
-        valid = place < lengths[:, None].clamp_min(1)  # (B, T)
+        valid = place < lengths[:, None].clamp_min(1)  # (B, T); one at least, for softmax
         return self.run_whole(ids, valid.long())
 
 

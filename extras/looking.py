@@ -1,6 +1,8 @@
 """A reader that puts a picture before the prompt, for vision-language models.
 
     python sample.py --prompt "a star in its colour" --read image:FILE
+
+The other readers, and what a reader is: thinking.py.
 """
 
 import torch
@@ -49,7 +51,10 @@ class Looking:
     def look(self, caption: str) -> Tensor:
         """The row of the picture and a caption: (T, W)."""
         llm = self.llm
-        template = self.inside.template if self.inside else "{}"
+        # the picture's place in the text, and the pixels for it
+        template = "{}"
+        if self.inside:
+            template = self.inside.template
         text = template.replace("{}", self.placeholder() + caption)
         inputs = self.processor(text=[text], images=[self.picture], return_tensors="pt")
         inputs = inputs.to(llm.device, llm.dtype)
@@ -60,14 +65,16 @@ class Looking:
                 f"--read image: picture and prompt are {length} tokens; {llm.name} takes "
                 f"{llm.max_tokens}"
             )
-        cache = llm.run(ids, **inputs)
+        cache = llm.run(ids, **inputs)  # the processor's pixels go with the tokens
 
         # a picture may take fewer positions than tokens (Qwen2-VL's M-RoPE)
         place = torch.tensor([length], device=llm.device)
         saved = getattr(llm.model.base_model, "rope_deltas", None)
         if saved is not None:
             place = place + saved.reshape(-1)
-        start = self.inside.start(length) if self.inside else 0
+        start = 0
+        if self.inside:
+            start = self.inside.start(length)
         return llm.pack(cache, place)[0, start:]
 
     def placeholder(self) -> str:

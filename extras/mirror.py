@@ -2,6 +2,8 @@
 
     python train.py --bridge mirror                    # starts from the LLM's weights
     python train.py --bridge mirror:init=random:checkpointing
+
+`ReadOnlyCache` and `cache_mask` let any model of the library read on after a caption's cache.
 """
 
 import json

@@ -65,7 +65,7 @@ class Prepending(ImageExpert):
             txt_v = v[:, :, :T]
             attended = joint_attention(q, k[:, :, T:], v[:, :, T:], txt_k, txt_v, mask)
             both = block.finish(both, attended, modulations[i])
-            if i < len(later):
+            if i < len(later):  # injection: to the text tokens alone
                 both = both + F.pad(later[i].to(both.dtype), (0, 0, 0, N))
         return self.velocity_of(both[:, T:], last, x_t, t)
 
@@ -75,15 +75,18 @@ class Prepending(ImageExpert):
         anew."""
         if context.text is not None and context.made_by is self:
             return context.text
+
         once = context
         if context.distinct:
             once, rows = context.distinct
         text = self.make_text(once)
+
+        # where each token stands, in the tokens alone and not in what is added after the blocks
         place = torch.arange(text.shape[1], device=text.device)
         table = timestep_embedding(place, self.width).to(text.dtype)
         text = text + F.pad(table, (0, text.shape[-1] - self.width))
         if context.distinct:
-            text = text[rows]
+            text = text[rows]  # (B, T, D)
         if not torch.is_grad_enabled():
             context.text = text
             context.made_by = self
@@ -214,6 +217,7 @@ class MetaQueries(Prepending):
         position = torch.arange(N, device=device).expand(B, N)
         if not self.rotary:  # else the keys are turned back: see Context
             position = position + context.lengths[:, None]
+        # the LLM in its own arithmetic; its cache is read and not written
         with torch.autocast(device.type, enabled=False):
             said = model(
                 inputs_embeds=self.queries.to(model.dtype).expand(B, -1, -1),

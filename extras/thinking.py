@@ -66,14 +66,20 @@ class Template:
         check_room(llm, self, llm.room)
 
     def read(self, caption: str) -> Reading:
+        # a text that goes on after the caption must not be ended by the tokenizer there
         text = self.before + caption
-        ids = self.llm.open_ids(text) if self.after else self.llm.tokenizer(text).input_ids
+        if self.after:
+            ids = self.llm.open_ids(text)
+        else:
+            ids = self.llm.tokenizer(text).input_ids
         ids = self.llm.cut(ids, after=len(self.after)) + self.after
         return Reading(ids, self.start(len(ids)))
 
     def start(self, length: int) -> int:
         """The first of `length` tokens that the image may look at."""
-        return length - len(self.after) if self.expose == "after" else 0
+        if self.expose == "after":
+            return length - len(self.after)
+        return 0
 
 
 class Thinking:
@@ -97,7 +103,9 @@ class Thinking:
         self.tokens = tokens
         self.show = show
         self.inside = inside
-        self.flag = "--read think" if show == "all" else "--read rewrite"
+        self.flag = "--read rewrite"
+        if show == "all":
+            self.flag = "--read think"
         self.written: dict[str, str] = {}
         check_heard(self, getattr(llm, "tokens", False))
         if hasattr(inside, "picture"):
@@ -157,13 +165,15 @@ class Thinking:
                 f"a prompt of {len(ids)} tokens with its frame leaves {llm.name} no room to think"
             )
 
-        # the frame's tokens may melt into the caption's first one: what both have, but for one
-        # token at least, which starts the writing
+        # what stands in the cache already: the frame's end may have melted into the caption's
+        # first token, and one token at least must be left to start the writing
         shared = 0
         while shared < min(len(self.beginning), len(ids) - 1):
             if self.beginning[shared] != ids[shared]:
                 break
             shared += 1
+
+        # the writing; each token's keys and values are in the cache as it is read
         cache = self.frame_cache(shared)
         out = self.generate(ids, cache)
         said = llm.tokenizer.decode(out.sequences[0, len(ids) :], skip_special_tokens=True)
@@ -261,9 +271,10 @@ def check_room(llm: FrozenLLM, reader, room: int) -> None:
     """ValueError if a caption has no room within the template and the positions that stay free."""
     while reader is not None and not isinstance(reader, Template):
         reader = reader.inside
-    before = reader.before if reader else ""
-    after = reader.after if reader else []
-    around = len(llm.tokenizer(before).input_ids) + len(after)
+    if reader is None:
+        around = len(llm.tokenizer("").input_ids)
+    else:
+        around = len(llm.tokenizer(reader.before).input_ids) + len(reader.after)
     if around + room >= llm.max_tokens:
         free = f" of which {room} stay free" if room else ""
         raise ValueError(
@@ -296,11 +307,10 @@ def reader_from_flags(llm: FrozenLLM, template: str, read: str | None) -> tuple:
         name, options = colon_form(read, READ, "--read")
     if name == "chat" or "chat" in options:
         template = chat(llm, template)
-    stored = {
-        "template": template,
-        "expose": "after" if name == "after" or "after" in options else "all",
-        "thinking": None,
-    }
+    expose = "all"
+    if name == "after" or "after" in options:
+        expose = "after"
+    stored = {"template": template, "expose": expose, "thinking": None}
     reader = reader_from(llm, stored)
     if name in ("think", "rewrite"):
         stored["thinking"] = thinking_of(llm, name, options)
