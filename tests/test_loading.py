@@ -20,7 +20,7 @@ from extras.thinking import Template, Thinking, chat
 from inspection import check_same_llm
 from llm import FrozenLLM
 from loading import load_llm, user_cache
-from model import ImageExpert, load_expert
+from model import ImageExpert
 
 BIG = 3000.0  # activations of real LLMs: a few dimensions, the same for nearly all tokens
 
@@ -203,7 +203,7 @@ def test_shared_attention_does_not_saturate_beside_keys_with_large_biases(tmp_pa
         "4",
     ]
     train.main(flags)
-    trained = load_expert(str(tmp_path / "run"), CPU)
+    trained = sample.load_expert(str(tmp_path / "run"), CPU)
     assert trained.config["text_gains"] == expert.config["text_gains"]
     assert not torch.equal(trained.blocks[0].txt_gain, torch.ones(2)), "it learns"
 
@@ -343,7 +343,7 @@ def test_an_llm_without_its_head_draws_and_does_not_write(tmp_path, tiny_run):
     body.save_pretrained(tmp_path / "body")
     transformers.AutoTokenizer.from_pretrained(tmp_path / "llm").save_pretrained(tmp_path / "body")
     train.main([*tiny_run, "--llm", str(tmp_path / "body"), "--steps", "1"])
-    expert = load_expert(str(tmp_path / "run"), CPU)
+    expert = sample.load_expert(str(tmp_path / "run"), CPU)
     llm = sample.llm_of(expert, None, CPU, torch.float32)
     whole = load_llm(str(tmp_path / "llm"), CPU, torch.float32)
     whole.keep(expert.reads)
@@ -368,7 +368,7 @@ def test_the_same_weights_under_another_config_or_tokenizer_are_another_llm(tmp_
     captions."""
     first = save_tiny_llm("qwen2", tmp_path / "llm")
     train.main([*tiny_run, "--llm", str(first), "--steps", "1"])
-    expert = load_expert(str(tmp_path / "run"), CPU)
+    expert = sample.load_expert(str(tmp_path / "run"), CPU)
     changes = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1234.0},
         "rms_norm_eps": 0.001,
