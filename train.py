@@ -237,7 +237,7 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
 def open_llm(args: argparse.Namespace, device, dtype, revision: str | None) -> FrozenLLM:
     """The LLM of --llm, as --bridge needs it."""
     options = {}
-    if colon_form(args.bridge)[0] != "mot":
+    if args.bridge != "mot":
         from extras.bridges import llm_options
 
         options = llm_options(args.bridge)

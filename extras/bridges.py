@@ -88,7 +88,7 @@ def build(
     llm: FrozenLLM,
     captions: Sequence[str] = (),
     width: int = 256,
-    depth: int = 9,
+    depth: int | None = None,
     heads: int | None = None,
     layers: str = "middle",
     **shared,
@@ -107,7 +107,7 @@ def build(
             f"--bridge {name} needs keys and values, which {llm.name} has not; expected a decoder "
             f"LLM, or --bridge {' or '.join(ON_HIDDEN_STATES)}"
         )
-    depth = min(depth, len(llm.layers) or depth)
+    depth = depth or min(9, len(llm.layers) or 9)
     shape = shape_of_mot(llm, width, depth, heads, layers) | shared
     if name == "mot":
         return ImageExpert(**shape, text_gains=text_gains(llm, shape["text_layers"]))
