@@ -45,17 +45,7 @@ from llm import FrozenLLM
 from model import ImageExpert
 from sample import draw, file_words, llm_of, load_expert, newest_run
 
-SUITES = (
-    "geneval",
-    "unseen",
-    "languages",
-    "colors",
-    "emoji",
-    "ascii",
-    "knowledge",
-    "parrot",
-    "position",
-)
+SUITES = "geneval unseen languages colors emoji ascii knowledge parrot position".split()
 NEAR = 15.0  # CIE76 delta E within which a colour is the one that was asked for by its numbers
 FILES = ("evaluate.json", "versus.json")  # the scores of the run, and of the one beside it
 
@@ -78,6 +68,7 @@ class Prompt:
 
     @property
     def scene_id(self) -> str:
+        """The same for the same scene, whatever the language, the row or the suite."""
         groups = [[group.count, group.color, group.shape] for group in self.scene.groups]
         return hashed(json.dumps([groups, self.scene.relation, self.rgb]))
 
@@ -116,13 +107,16 @@ def evaluate_suites(
         prompts = read_suite(suite, args.limit, args.rows, one, args.half)
         asked[suite] = [prompt for prompt in prompts for _ in range(args.n)]
 
-    results = {run.name: {} for run in runs}
+    results = {}
+    for run in runs:
+        results[run.name] = {}
     graded = []
     for suite, prompts in asked.items():
         # each picture has a noise of its own, and it is the same one for both runs
         texts = [prompt.text for prompt in prompts]
         seeds = list(range(args.seed, args.seed + len(prompts)))
         drawn = []
+        shown = {}
         for run in runs:
             pictures = draw(run.expert, run.llm, texts, seeds, args.steps, args.guidance)
             grades = list(map(grade, prompts, pictures))
@@ -131,15 +125,16 @@ def evaluate_suites(
             for row, share in chance(prompts, pictures).items():
                 scores["rows"][row]["chance"] = share
             results[run.name][suite] = scores
+            shown[run.name] = scores
 
         # side by side, in numbers and in pictures
         first = drawn[0][2]
         if len(runs) > 1:
-            paired = compare(suite, prompts, first, drawn[1][2])
-            results[args.ckpt][suite]["difference"] = paired
-        print_suite(suite, {name: scores[suite] for name, scores in results.items()})
+            shown[args.ckpt]["difference"] = compare(suite, prompts, first, drawn[1][2])
+        print_suite(suite, shown)
         write_whole(args.out / f"evaluate-{suite}.png", sheet(prompts, drawn).save)
-        graded += [(suite, prompt, its_grade) for prompt, its_grade in zip(prompts, first)]
+        for prompt, its_grade in zip(prompts, first):
+            graded.append((suite, prompt, its_grade))
     return results, graded
 
 
@@ -195,6 +190,7 @@ def read_suite(
 
 
 def grade(prompt: Prompt, picture: np.ndarray) -> Grade:
+    """The judge's verdict on a picture, uint8 (H, W, 3); of an exact colour, by its distance."""
     verdict = judge(picture, prompt.scene)
     if prompt.rgb is None:
         return Grade(verdict.reason, verdict.rgb_distance, verdict)
@@ -212,30 +208,33 @@ def chance(prompts: list[Prompt], pictures: np.ndarray) -> dict[str, float]:
     """
     right: dict[str, list[bool]] = {}
     for i, prompt in enumerate(prompts):
-        for other in prompts[i + 1 :] + prompts[:i]:
+        for other in prompts[i + 1 :] + prompts[:i]:  # the next ones, round and round
             if other.row == prompt.row and other.scene_id != prompt.scene_id:
                 passed = grade(other, pictures[i]).reason is None
                 right.setdefault(prompt.row, []).append(passed)
                 break
-    return {row: float(np.mean(passed)) for row, passed in right.items()}
+    shares = {}
+    for row, passed in right.items():
+        shares[row] = float(np.mean(passed))
+    return shares
 
 
 # --------------------------------------------------------------------------------------------------
 # runs and their results
 
 
-def open_runs(args: argparse.Namespace, kind: str, suites: tuple[str, ...]) -> list[LoadedRun]:
+def open_runs(args: argparse.Namespace, kind: str, suites: list[str]) -> list[LoadedRun]:
     """The run, and the other one beside it; fills in args.suite.
 
     kind: the data that the suites are for. ValueError if a run is of another, or a suite is not
     among them.
     """
+    # the experts first: they are small, and say whether the LLMs are worth loading
     device, _ = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
-    names = [args.ckpt]
+    experts = {args.ckpt: load_expert(args.ckpt, device)}
     if args.versus:
-        names.append(args.versus)
-    experts = {name: load_expert(name, device) for name in names}
+        experts[args.versus] = load_expert(args.versus, device)
     for name, expert in experts.items():
         data = expert.made_for.get("data")
         if data != kind:
@@ -249,6 +248,7 @@ def open_runs(args: argparse.Namespace, kind: str, suites: tuple[str, ...]) -> l
             expected = f"for a run on {kind} expected some of {','.join(suites)}"
             raise ValueError(f"--suite {suite}: {expected}")
 
+    # each with an LLM of its own: what it hands over and reads is the run's
     runs = []
     for name, expert in experts.items():
         llm = llm_of(expert, None, device, dtype)
@@ -272,8 +272,9 @@ def read_results(path: Path) -> dict:
 
 def save_results(args: argparse.Namespace, runs: list[LoadedRun], results: dict) -> None:
     """Put each run's scores beside those of other suites that are there, each file at once."""
-    names = ("half", "n", "limit", "steps", "guidance", "seed", "read")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {}
+    for name in ("half", "n", "limit", "steps", "guidance", "seed", "read"):
+        settings[name] = getattr(args, name)
     for run, file in zip(runs, FILES):
         entries = {"run": run.name, "made_for": run.expert.made_for}
         for name, scores in results[run.name].items():

@@ -28,7 +28,7 @@ from extras.probe import hear, ridge, without_thinking
 from llm import FrozenLLM
 from sample import draw
 
-SUITES = ("recall", "emoji-languages", "unseen-names")
+SUITES = ["recall", "emoji-languages", "unseen-names"]
 AS_IN_ENGLISH = "as in English"  # names that training has taught all the same
 LEFT_OUT = {  # rows to compare with, not in the mean
     "emoji-languages": ("en", AS_IN_ENGLISH),
@@ -52,7 +52,9 @@ def evaluate_emoji(
     glyphs = np.stack(list(source.glyphs.values()))
     measures = {"pixels": pixel_features, "features": learned_features(glyphs)}
 
-    results = {run.name: {} for run in runs}
+    results = {}
+    for run in runs:
+        results[run.name] = {}
     for suite, prompts in asked.items():
         among = sorted(source.held_out) if suite == "unseen-names" else source.trained
         candidates = np.stack([source.glyphs[text] for text in among])

@@ -43,9 +43,12 @@ def tables_of(suite: str, prompts: list[Prompt], grades: list[Grade]) -> dict[st
     rows: dict[str, list[tuple[Prompt, Grade]]] = {}
     for prompt, its_grade in zip(prompts, grades):
         rows.setdefault(prompt.row, []).append((prompt, its_grade))
-    tables = {row: {row: tally(pairs)} for row, pairs in rows.items()}
+    tables = {}
+    for row, pairs in rows.items():
+        tables[row] = {row: tally(pairs)}
     counted = [row for row in rows if row not in LEFT_OUT.get(suite, ())] or list(rows)
 
+    # of languages also by the number of objects, where every language has such prompts
     if suite in LEFT_OUT:
         for name, groups in (("one object", 1), ("two objects", 2)):
             table = {}
