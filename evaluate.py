@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint import load_expert, newest_run
 from cli import (
     OneLineParser,
     between,
@@ -43,7 +44,7 @@ from extras.colors import delta_e
 from extras.judge import Verdict, judge
 from llm import FrozenLLM
 from model import ImageExpert
-from sample import draw, file_words, llm_of, load_expert, newest_run
+from sample import draw, file_words, llm_of
 
 SUITES = "geneval unseen languages colors emoji ascii knowledge parrot position".split()
 NEAR = 15.0  # CIE76 delta E within which a colour is the one that was asked for by its numbers

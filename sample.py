@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from checkpoint import load_expert, newest_run
 from cli import (
     OneLineParser,
     captioned_grid,
@@ -43,7 +44,6 @@ from inspection import check_same_llm
 from llm import FrozenLLM
 from loading import load_llm
 from model import ImageExpert
-from runs import load_expert, newest_run
 
 AT_ONCE = 64  # pictures that are drawn as one batch
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # files of --out

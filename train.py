@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import runs
+import checkpoint
 from cli import (
     Locked,
     OneLineParser,
@@ -200,8 +200,8 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     name, options = data_form(args.data)
     with it_may_have_moved(name, "--resume --data") if metadata else nullcontext():
         source = open_source(name, args.image_size, args.seed, **options)
-    data = runs.data_of(source)
-    runs.check_data(args.data, metadata, data)
+    data = checkpoint.data_of(source)
+    checkpoint.check_data(args.data, metadata, data)
 
     # the LLM: on resuming, the same revision and what is read around a caption are the run's own
     before = json.loads(metadata["config"])["made_for"] if metadata else {}
@@ -229,7 +229,7 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     optimizers = build_optimizers(expert, args.lr, args.weight_decay)
     run = Run(args, source, llm, expert, ema, optimizers, device, dtype, data)
     if metadata:
-        runs.load_run(run, metadata, tensors)
+        checkpoint.load_run(run, metadata, tensors)
     print_run(run)
     return run
 
@@ -324,7 +324,7 @@ def train(run: Run, until: int | None = None) -> None:
         )
     with Locked(args.out):
         if not run.step:
-            runs.refuse_overwriting(args.out)  # another process may have been there meanwhile
+            checkpoint.refuse_overwriting(args.out)  # another process may have been there meanwhile
         progress = tqdm(
             total=args.steps, initial=run.step, unit="step", mininterval=1, dynamic_ncols=True
         )
@@ -336,7 +336,7 @@ def train_loop(run: Run, until: int, progress: tqdm) -> None:
     started = time.perf_counter()
     args = run.args
     predict = torch.compile(run.expert) if args.compile else run.expert
-    metrics = runs.Metrics(run)
+    metrics = checkpoint.Metrics(run)
     for captions, pictures in batches(
         run.source, run.llm, args.batch_size, args.draws, run.step
     ):
@@ -348,7 +348,7 @@ def train_loop(run: Run, until: int, progress: tqdm) -> None:
         if run.step % LOG_EVERY == 0 or saves:
             progress.set_postfix_str(metrics.write(norm))
         if saves:
-            runs.save_run(run)
+            checkpoint.save_run(run)
         if run.step % args.sample_every == 0 or last:
             with metrics.paused():
                 grid = draw_samples(run)
@@ -362,7 +362,7 @@ def train_loop(run: Run, until: int, progress: tqdm) -> None:
     minutes = (time.perf_counter() - started) / 60
     print(
         f"{images_per_second:.0f} images/s, the LLM took {llm_share:.0%} of the training time; "
-        f"{minutes:.1f} minutes, peak memory {runs.peak_memory(run.device)}"
+        f"{minutes:.1f} minutes, peak memory {checkpoint.peak_memory(run.device)}"
     )
     prompt = run.source.prompts[0]
     now = f'python sample.py --ckpt {args.out} --prompt "{prompt}"'
@@ -493,7 +493,7 @@ def make_parser() -> OneLineParser:
 
 def settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict]:
     """The command line and, for --resume, the stored run: what prepare takes."""
-    return runs.settings(argv, parse_args)
+    return checkpoint.settings(argv, parse_args)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,5 @@
-"""Tiny random LLMs of several families, saved as Hugging Face folders, with a small real tokenizer. All offline."""
+"""Tiny random LLMs of several families, saved as Hugging Face folders, with a small real tokenizer.
+All offline."""
 
 import os
 from pathlib import Path
@@ -45,10 +46,16 @@ CONFIGS = {
         sliding_window=32,
         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
     ),
-    "cohere2": lambda: transformers.Cohere2Config(  # pairs of neighbours turn; layers with and without positions
-        **SMALL, sliding_window=32, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    "cohere2": lambda: (
+        transformers.Cohere2Config(  # pairs of neighbours turn; layers with and without positions
+            **SMALL,
+            sliding_window=32,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )
     ),
-    "gpt2": lambda: transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=3, n_head=4, n_positions=64),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=300, n_embd=32, n_layer=3, n_head=4, n_positions=64
+    ),
     "bert": lambda: transformers.BertConfig(
         vocab_size=300,
         hidden_size=32,
@@ -57,16 +64,24 @@ CONFIGS = {
         num_attention_heads=4,
         max_position_embeddings=64,
     ),
-    "t5": lambda: transformers.T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
-    "mamba": lambda: transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "t5": lambda: transformers.T5Config(
+        vocab_size=300, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
+    ),
+    "mamba": lambda: transformers.MambaConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4
+    ),
 }
 DECODERS = ["qwen2", "llama", "gemma3", "cohere2", "gpt2"]
 
 
 def save_tiny_llm(kind: str, folder: Path, seed: int = 0) -> Path:
-    """A random model of this family and a byte-level BPE tokenizer; Llama and Gemma put a BOS token first, as theirs do."""
+    """A random model of this family and a byte-level BPE tokenizer; Llama and Gemma put a BOS token
+    first, as theirs do."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=["<bos>", "<eos>"],
@@ -75,12 +90,16 @@ def save_tiny_llm(kind: str, folder: Path, seed: int = 0) -> Path:
     )
     tokenizer.train_from_iterator(TEXT, trainer)
     if kind in ("llama", "gemma3"):
-        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>").save_pretrained(
-        folder
-    )
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 0)]
+        )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>"
+    ).save_pretrained(folder)
     torch.manual_seed(seed)
-    auto = transformers.AutoModelForTextEncoding if kind == "t5" else transformers.AutoModelForCausalLM
+    auto = (
+        transformers.AutoModelForTextEncoding if kind == "t5" else transformers.AutoModelForCausalLM
+    )
     model = auto.from_config(CONFIGS[kind]())
     with torch.no_grad():  # the library starts with weights so small that every prompt reads alike
         for weight in model.parameters():
@@ -94,7 +113,9 @@ def save_tiny_instruct_llm(folder: Path) -> Path:
     """The same with a chat template, of Llama's kind: BOS first, in the template too."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(save_tiny_llm("llama", folder))
     said = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    tokenizer.chat_template = "{{ bos_token }}" + said + "{% if add_generation_prompt %}<say>{% endif %}"
+    tokenizer.chat_template = (
+        "{{ bos_token }}" + said + "{% if add_generation_prompt %}<say>{% endif %}"
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -119,7 +140,8 @@ def tiny_llm(llm_folder):
 
 
 def random_expert(llm: FrozenLLM, depth: int = 2, part: str = "all", **options) -> ImageExpert:
-    """An expert whose every weight is random (a new one answers 0: its head and gates start at zero)."""
+    """An expert whose every weight is random (a new one answers 0: its head and gates start at
+    zero)."""
     layers = select_layers(llm, depth, part)
     options = {
         "prediction": "velocity",
@@ -137,7 +159,9 @@ def random_expert(llm: FrozenLLM, depth: int = 2, part: str = "all", **options) 
     return expert
 
 
-TINY_RUN = "--device cpu --dtype float32 --batch-size 8 --width 32 --depth 2 --image-size 16 --patch 4"
+TINY_RUN = (
+    "--device cpu --dtype float32 --batch-size 8 --width 32 --depth 2 --image-size 16 --patch 4"
+)
 TINY_RUN = TINY_RUN.split()
 
 
@@ -149,5 +173,6 @@ def short_warmup(monkeypatch):
 
 @pytest.fixture
 def tiny_run(llm_folder, tmp_path):
-    """Flags of a training run that takes a second; the run's folder is tmp_path / "run" unless --out says otherwise."""
+    """Flags of a training run that takes a second; the run's folder is tmp_path / "run" unless
+    --out says otherwise."""
     return ["--llm", str(llm_folder("qwen2")), "--out", str(tmp_path / "run"), *TINY_RUN]

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from checkpoint import load_expert
 from conftest import CPU
-from sample import draw, llm_of, load_expert
+from sample import draw, llm_of
 
 BEFORE = Path(__file__).parent / "before"
 PROMPTS = ["a red circle", "two small teal stars", "", "un cerchio rosso"]

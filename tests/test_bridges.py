@@ -17,8 +17,9 @@ from test_families import (
     tiny_model,
 )
 
-import runs
+import checkpoint
 import train
+from checkpoint import load_expert
 from cli import colon_form
 from conftest import CPU, DECODERS, TINY_RUN
 from extras.bridge_llm import BridgeLLM, FrozenEncoder, any_class
@@ -29,7 +30,7 @@ from inspection import fingerprint
 from llm import FrozenLLM
 from loading import load_llm
 from model import ImageExpert
-from sample import draw, llm_of, load_expert
+from sample import draw, llm_of
 
 CAPTIONS = ["a red circle", "the heart is to the left of the gold ring", ""]
 
@@ -125,7 +126,7 @@ def test_training_resumes_and_the_llm_stays(llm_folder, tmp_path):
     tables = [p for p in run.expert.parameters() if p.shape[0] == 300]
     assert not tables, "no table of words: 300 is the vocabulary"
     take_steps(run, 2)
-    runs.save_run(run)
+    checkpoint.save_run(run)
     assert fingerprint(run.llm.model) == before
     train.main(["--resume", "--out", str(tmp_path / "halves")])
     whole = load_expert(str(tmp_path / "whole"), CPU)
@@ -231,7 +232,7 @@ def test_what_trains_and_what_is_frozen(name, llm_folder, tmp_path):
     assert not still, f"these did not move: {still}"
     assert fingerprint(run.llm.model) == before
     assert not any(p.requires_grad for p in run.llm.model.parameters())
-    runs.save_run(run)
+    checkpoint.save_run(run)
     loaded = load_expert(str(tmp_path / "run"), CPU)
     assert type(loaded) is BRIDGES[name] and loaded.config == run.expert.config
     llm = llm_of(loaded, None, CPU, torch.float32)

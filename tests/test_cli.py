@@ -20,9 +20,9 @@ import tokenizers
 import torch
 from PIL import Image
 
+import checkpoint
 import cli
 import evaluate
-import runs
 import sample
 import train
 from conftest import save_tiny_llm
@@ -359,7 +359,7 @@ def test_a_file_is_whole_or_what_it_was(tmp_path):
 def test_a_checkpoint_is_for_everybody_that_the_user_lets_read(a_run):
     """safetensors' own files are private: nobody else could draw with the run."""
     modes = {path.name: path.stat().st_mode for path in a_run.iterdir()}
-    assert modes["model.safetensors"] == modes[runs.STATE] == modes["metrics.jsonl"]
+    assert modes["model.safetensors"] == modes[checkpoint.STATE] == modes["metrics.jsonl"]
 
 
 def test_the_disk_is_full(tiny_run, tmp_path, capsys):
@@ -402,7 +402,7 @@ def test_what_a_run_would_overwrite_is_kept(a_run, tiny_run, llm_folder, capsys)
     (a_run / "README.md").write_text("my notes")
     train.main(["--resume", "--out", str(a_run), "--steps", "2"])
     assert (a_run / "README.md").read_text() == "my notes"
-    (a_run / runs.STATE).unlink()
+    (a_run / checkpoint.STATE).unlink()
     told = refusal(capsys, train.main, *tiny_run, "--steps", "1")
     assert "already holds a model.safetensors" in told
 
@@ -480,7 +480,7 @@ def test_a_grid_is_of_a_size_that_opens(prompts, n, side, caption):
 
 def test_windows_has_no_module_resource(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert runs.peak_memory(torch.device("cpu")) == "unknown"
+    assert checkpoint.peak_memory(torch.device("cpu")) == "unknown"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -517,7 +517,7 @@ def test_a_cut_line_of_metrics(a_run):
 
 def test_a_checkpoint_that_is_none(a_run, tmp_path, capsys):
     draw = ["--prompt", "x", "--steps", "1", "--device", "cpu", "--out", tmp_path / "drawn"]
-    for place in (a_run / "model.safetensors", a_run / runs.STATE, "no:name/x"):
+    for place in (a_run / "model.safetensors", a_run / checkpoint.STATE, "no:name/x"):
         told = refusal(capsys, sample.main, *draw, "--ckpt", place)
         assert f"--ckpt {place}: " in told and "Hub" in told
     (a_run / "config.json").write_text("{")  # a copy for the Hub's pages
@@ -578,7 +578,7 @@ def test_older_runs_go_on(tiny_run, tmp_path, capsys):
     """Their state says nothing of the data; then another place of it cannot be proved the same."""
     pictures = picture_folder(tmp_path / "pictures")
     train.main([*tiny_run, "--data", str(pictures), "--steps", "1"])
-    state = tmp_path / "run" / runs.STATE
+    state = tmp_path / "run" / checkpoint.STATE
     metadata, tensors = read_safetensors(state)
     older = {key: value for key, value in metadata.items() if not key.startswith("data_")}
     safetensors.torch.save_file(tensors, state, metadata=older)
@@ -595,7 +595,7 @@ def test_older_runs_go_on(tiny_run, tmp_path, capsys):
 
 
 def test_another_expert_is_named(a_run, capsys):
-    state = a_run / runs.STATE
+    state = a_run / checkpoint.STATE
     metadata, tensors = read_safetensors(state)
     config = json.loads(metadata["config"]) | {"prediction": "velocity"}
     safetensors.torch.save_file(tensors, state, metadata=metadata | {"config": json.dumps(config)})

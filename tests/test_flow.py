@@ -21,24 +21,36 @@ def test_the_target_is_data_minus_noise():
     assert flow_loss(lambda x, t, c: data - noise, data, noise, t, None).max() == 0
     off_by_two = flow_loss(lambda x, t, c: data - noise + 2, data, noise, t, None)
     assert torch.allclose(off_by_two, torch.full((5,), 4.0), atol=1e-5)
-    moved = (interpolate(data, noise, t + 1e-3) - x_t) / 1e-3  # the velocity is the path's derivative
+    moved = (
+        interpolate(data, noise, t + 1e-3) - x_t
+    ) / 1e-3  # the velocity is the path's derivative
     assert torch.allclose(moved, data - noise, atol=1e-2)
 
 
 def test_euler_on_a_straight_field_is_exact():
-    """v = (goal - x) / (1 - t) is the rectified flow to one point: any number of steps ends on it."""
+    """v = (goal - x) / (1 - t) is the rectified flow to one point: any number of steps ends on
+    it."""
     torch.manual_seed(0)
     noise, goal = torch.randn(2, 2, 1, 3, 3, dtype=torch.float64).unbind(0)
     for steps in (1, 3, 24):
         for shift in (1.0, 3.0):
-            end = euler_sample(lambda x, t, c: (goal - x) / (1 - t).view(-1, 1, 1, 1), noise, None, steps, shift=shift)
+            end = euler_sample(
+                lambda x, t, c: (goal - x) / (1 - t).view(-1, 1, 1, 1),
+                noise,
+                None,
+                steps,
+                shift=shift,
+            )
             assert (end - goal).abs().max() < 1e-12
 
 
 def test_euler_converges_at_first_order():
     """dx/dt = x from 1: e at t = 1. Twice the steps, half the error."""
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    errors = [abs(euler_sample(lambda x, t, c: x, one, None, steps).item() - torch.e) for steps in (50, 100, 200)]
+    errors = [
+        abs(euler_sample(lambda x, t, c: x, one, None, steps).item() - torch.e)
+        for steps in (50, 100, 200)
+    ]
     assert 1.9 < errors[0] / errors[1] < 2.1 and 1.9 < errors[1] / errors[2] < 2.1, errors
 
 
@@ -47,7 +59,9 @@ def test_guidance_in_one_batch_and_only_in_its_interval():
 
     def predict(x, t, context):
         calls.append((len(x), t[0].item()))
-        return torch.ones_like(x) * torch.arange(len(x)).view(-1, 1, 1, 1)  # the first half is 0, the second 1
+        return torch.ones_like(x) * torch.arange(len(x)).view(
+            -1, 1, 1, 1
+        )  # the first half is 0, the second 1
 
     x = torch.zeros(1, 1, 2, 2)
     end = euler_sample(predict, x, NoContext(), 4, NoContext(), guidance=3.0, interval=(0.4, 1.0))

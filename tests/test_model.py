@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 
+from checkpoint import load_expert
 from conftest import CPU, DECODERS, random_expert, save_tiny_llm
 from inspection import fingerprint
 from llm import ROWS, FrozenLLM, select_layers
 from loading import CACHE_FOLDER, file_sha256, load_llm
 from model import ImageExpert, patchify, unpatchify
-from runs import load_expert
 from sample import draw, llm_of
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import checkpoint
 import evaluate
-import runs
 import train
 from extras import race
 from extras.race_table import race_table
@@ -48,17 +48,17 @@ def test_the_race_goes_on_where_it_stopped(llm_folder, tmp_path, monkeypatch, ca
         return whole(args, loaded)
 
     monkeypatch.setattr(evaluate, "evaluate_suites", counted)
-    save = runs.save_run
+    save = checkpoint.save_run
 
     def dies(run: train.Run) -> None:
         save(run)
         if run.args.bridge == "last:state=2":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "save_run", dies)
+    monkeypatch.setattr(checkpoint, "save_run", dies)
     with pytest.raises(KeyboardInterrupt):
         race.main(flags)
-    monkeypatch.setattr(runs, "save_run", save)
+    monkeypatch.setattr(checkpoint, "save_run", save)
     race.main(flags)
     assert [Path(name).name for name in asked] == ["mot-seed1", "last-state-2-seed1"]
     table = json.loads((place / "table.json").read_text("utf-8"))

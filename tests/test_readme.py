@@ -21,10 +21,10 @@ from test_pictures import save_tiny_vlm
 
 import model
 import train
+from checkpoint import load_expert
 from conftest import CPU, save_tiny_instruct_llm, save_tiny_llm
 from extras import race
 from model import ImageExpert
-from sample import load_expert
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -35,7 +35,7 @@ LINES = [line.split("  #")[0].strip() for line in SCRIPT.splitlines()]
 COMMANDS = [" ".join(line.split()) for line in LINES if line.startswith("python ")]
 TINY = "Qwen/Qwen2.5-0.5B"  # under this name, see `workplace`
 SHORT = {  # flags that make a command short; given last, they win
-    "train.py": "--steps 2 --batch-size 8 --width 32 --heads 1 --depth 2",
+    "train.py": "--steps 2 --batch-size 8 --width 32 --depth 2",
     "train.py --resume": "--steps 3",
     "train.py --bridge": "--steps 1 --batch-size 4",
     "sample.py": "--steps 2",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import runs
+import checkpoint
 import sample
 import train
 from conftest import CPU
@@ -95,7 +95,7 @@ def test_every_bridge_resumes_bit_for_bit(bridge, dtype, llm_folder, tmp_path):
     flags += ["--caption-dropout", 0.4]  # this LLM's empty prompt has a token: BOS
     whole = start(*flags, "--out", tmp_path / "whole")
     steps(whole, 3)
-    runs.save_run(whole)
+    checkpoint.save_run(whole)
     steps(whole, 2)
     resumed = start("--resume", "--out", tmp_path / "whole")
     steps(resumed, 2)

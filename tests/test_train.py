@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import runs
+import checkpoint
 import sample
 import train
+from checkpoint import load_expert
 from conftest import CPU
 from flow import flow_loss
 from inspection import fingerprint
 from loading import load_llm
 from model import read_safetensors
-from sample import load_expert
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +98,7 @@ def test_resumed_equals_uninterrupted(tiny_run, tmp_path, dtype):
     steps(whole, 10)
     part = start(*flags, "--out", tmp_path / "part")
     steps(part, 6)
-    runs.save_run(part)
+    checkpoint.save_run(part)
     steps(part, 2)  # done after the checkpoint, and lost by the kill
     resumed = start("--resume", "--out", tmp_path / "part")
     assert resumed.step == 6 and len(resumed.llm._cached) == 0
@@ -154,7 +154,7 @@ def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path, monkeypatc
 def _save_for_ever(run):
     while True:
         run.step += 1
-        runs.save_run(run)
+        checkpoint.save_run(run)
 
 
 def test_kill_while_saving(tiny_run, tmp_path):
@@ -164,7 +164,7 @@ def test_kill_while_saving(tiny_run, tmp_path):
     steps(run, 1)
     started = time.perf_counter()
     for _ in range(20):
-        runs.save_run(run)
+        checkpoint.save_run(run)
     twenty_saves_seconds = time.perf_counter() - started  # on a busy machine a save takes longer
     seen, chance = set(), random.Random(0)
     for _ in range(20):
@@ -179,9 +179,9 @@ def test_kill_while_saving(tiny_run, tmp_path):
         for name, p in run.expert.named_parameters():
             assert torch.equal(tensors[f"expert.{name}"], p)
         assert all(torch.equal(a, b) for a, b in zip(expert.parameters(), run.ema.parameters()))
-    runs.save_run(run)
+    checkpoint.save_run(run)
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {runs.STATE, "model.safetensors", "config.json", "README.md"}, (
+    assert left == {checkpoint.STATE, "model.safetensors", "config.json", "README.md"}, (
         "what a kill leaves is cleared away"
     )
     assert len(seen) > 5, f"the kills fell on {len(seen)} different steps"
@@ -229,7 +229,7 @@ def test_training_on_what_the_llm_writes(read, shown, tiny_run, tmp_path):
     steps(run, 1)
     captions, _ = next(train.batches(run.source, run.llm, 8, run.args.draws, 0))
     assert set(captions) <= set(run.llm.reader.written), "every caption was written about"
-    runs.save_run(run)
+    checkpoint.save_run(run)
     frame.unlink()  # it stands in the checkpoint
     train.main(["--resume", "--out", run.args.out])
     expert = load_expert(run.args.out, CPU)
@@ -256,7 +256,7 @@ def test_training_on_a_folder(tiny_run, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_run, tmp_path):
     run = start(*tiny_run, "--steps", 9)
     steps(run, 2)
-    runs.save_run(run)
+    checkpoint.save_run(run)
     before = (tmp_path / "run" / "train_state.safetensors").read_bytes()
     with torch.no_grad():
         run.expert.head.weight[0, 0] = float("nan")
