@@ -183,7 +183,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    n = args.n or 1
+
+    # what cannot work is refused before anything is loaded
+    n = args.n or 1  # pictures of each prompt
     listed = []  # name, text and record of the prompts of a file
     layout = None
     if args.prompts:
@@ -195,8 +197,6 @@ def main(argv: list[str] | None = None) -> None:
         if layout:
             of_files.check_layout(layout, [] if args.prompt else listed, n)
     prompts = args.prompt + [text for _, text, _ in listed]
-
-    # what cannot work is refused before anything is loaded
     if not prompts:
         raise ValueError(
             'nothing to draw: give --prompt "a red circle" (many times if you like) or '
@@ -209,33 +209,16 @@ def main(argv: list[str] | None = None) -> None:
             f"--out {out} is a file, for one picture; expected a folder for {len(prompts) * n}"
         )
 
-    # the two towers
-    ckpt = args.ckpt or str(newest_run())
-    device, why_device = pick_device(args.device)
-    dtype, why_dtype = pick_dtype(args.dtype, device)
-    print(
-        f"device {device} ({why_device}), {dtype} ({why_dtype}); checkpoint {ckpt}; "
-        f"seed {args.seed}"
-    )
-    expert = load_expert(ckpt, device)
-    make_folder(out.parent if into_file else out)
-    moved = it_may_have_moved(expert.made_for.get("llm", ""), "--llm")
-    with nullcontext() if args.llm else moved:
-        llm = llm_of(expert, args.llm, device, dtype, args.trust_remote_code)
-    if args.read:
-        from extras.thinking import with_reading
-
-        llm.reader = with_reading(llm, args.read)
-
     # the pictures
+    expert, llm = open_towers(args, out.parent if into_file else out)
     seeds = [args.seed + k for k in range(n)]
     texts = [prompt for prompt in prompts for _ in seeds]
     scale, interval, renorm = args.guidance
-    pictures = draw(
-        expert, llm, texts, seeds * len(prompts), args.steps, scale, interval, renorm
-    )
+    pictures = draw(expert, llm, texts, seeds * len(prompts), args.steps, scale, interval, renorm)
     for prompt, written in getattr(llm.reader, "written", {}).items():
         print(f"{prompt} -> {written}")
+
+    # into their files
     pictures = pictures.reshape(len(prompts), n, *pictures.shape[1:])
     if layout:
         of_files.save_layout(layout, out, listed, pictures)
@@ -245,6 +228,25 @@ def main(argv: list[str] | None = None) -> None:
         print(out)
     else:
         save_all(out, prompts, seeds, pictures)
+
+
+def open_towers(args: argparse.Namespace, folder: Path) -> tuple[ImageExpert, FrozenLLM]:
+    """The expert of --ckpt, and its LLM as --read has it; `folder` can be written, too."""
+    ckpt = args.ckpt or str(newest_run())
+    device, why_device = pick_device(args.device)
+    dtype, why_dtype = pick_dtype(args.dtype, device)
+    why = f"device {device} ({why_device}), {dtype} ({why_dtype})"
+    print(f"{why}; checkpoint {ckpt}; seed {args.seed}")
+    expert = load_expert(ckpt, device)
+    make_folder(folder)
+    moved = it_may_have_moved(expert.made_for.get("llm", ""), "--llm")
+    with nullcontext() if args.llm else moved:
+        llm = llm_of(expert, args.llm, device, dtype, args.trust_remote_code)
+    if args.read:
+        from extras.thinking import with_reading
+
+        llm.reader = with_reading(llm, args.read)
+    return expert, llm
 
 
 def save_all(out: Path, prompts: list[str], seeds: list[int], pictures: np.ndarray) -> None:
