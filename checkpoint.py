@@ -135,9 +135,7 @@ MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "sa
 MAY_MOVE = {"llm", "data"}  # places: it is what lies there that must be the same
 
 
-def settings(
-    argv: list[str] | None, parse_args: Callable
-) -> tuple[argparse.Namespace, dict, dict]:
+def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Namespace, dict, dict]:
     """The command line, and for --resume the stored run, whose settings win: args, metadata,
     tensors. parse_args(argv, stored settings) -> args."""
     args = parse_args(argv)

@@ -106,7 +106,9 @@ def evaluate_suites(
     asked = {}
     for suite in args.suite:
         prompts = read_suite(suite, args.limit, args.rows, one, args.half)
-        asked[suite] = [prompt for prompt in prompts for _ in range(args.n)]
+        asked[suite] = []
+        for prompt in prompts:
+            asked[suite] += [prompt] * args.n
 
     results = {}
     for run in runs:

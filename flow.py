@@ -51,9 +51,9 @@ NEAREST = 0.05  # of 1 - t: the division below is 0 / 0 at t = 1
 def to_velocity(clean: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The velocity at x_t of a network that says what the clean picture is (Li & He 2025, JiT).
 
-        x_t      = (1 - t) noise + t data
-        noise    = (x_t - t data) / (1 - t)
-        velocity = data - noise = (data - x_t) / (1 - t)
+    x_t      = (1 - t) noise + t data
+    noise    = (x_t - t data) / (1 - t)
+    velocity = data - noise = (data - x_t) / (1 - t)
     """
     remaining = (1 - t).clamp_min(NEAREST).view(-1, 1, 1, 1)
     return (clean - x_t) / remaining

@@ -303,10 +303,12 @@ def text_gains(llm: FrozenLLM, layers: list[dict]) -> list[list[float] | None] |
     norm (Qwen2) would win or lose every score by them: the softmax saturates. Such heads start with
     keys of size 1, and learn how loud they should be.
     """
-    sizes = [llm.key_sizes[layer["index"]] for layer in layers]
-    if all(size <= LARGE_KEYS for heads in sizes for size in heads):
-        return None
-    return [[1 / size if size > LARGE_KEYS else 1.0 for size in heads] for heads in sizes]
+    gains = []
+    for layer in layers:
+        sizes = llm.key_sizes[layer["index"]]  # one a head
+        gains.append([1 / size if size > LARGE_KEYS else 1.0 for size in sizes])
+    untouched = [[1.0] * layer["kv_heads"] for layer in layers]
+    return None if gains == untouched else gains
 
 
 def check_sizes(layers: list[TextLayer], width: int, heads: int, patch: int, side: int) -> None:

@@ -212,7 +212,9 @@ def main(argv: list[str] | None = None) -> None:
     # the pictures
     expert, llm = open_towers(args, out.parent if into_file else out)
     seeds = [args.seed + k for k in range(n)]
-    texts = [prompt for prompt in prompts for _ in seeds]
+    texts = []
+    for prompt in prompts:
+        texts += [prompt] * n
     scale, interval, renorm = args.guidance
     pictures = draw(expert, llm, texts, seeds * len(prompts), args.steps, scale, interval, renorm)
     for prompt, written in getattr(llm.reader, "written", {}).items():

@@ -295,21 +295,21 @@ def build_expert(args: argparse.Namespace, llm: FrozenLLM, source, made_for: dic
 def print_run(run: Run) -> None:
     """What takes part: the LLM, the expert, the data."""
     args = run.args
+    frozen = sum(p.numel() for p in run.llm.model.parameters()) / 1e6
     weights = "fresh from the seed and frozen" if args.random_llm else "all frozen"
     keys = "an encoder"
     if run.llm.layers:
         layer = run.llm.layers[0]
         keys = f"{len(run.llm.layers)} attention layers with {layer.kv_heads} key/value heads"
         keys += f" of width {layer.key_width}"
-    side = args.image_size // args.patch
-    resumed = f", resumed at step {run.step}" if run.step else ""
-    frozen = sum(p.numel() for p in run.llm.model.parameters()) / 1e6
-    trained = sum(p.numel() for p in run.expert.parameters()) / 1e6
     print(f"LLM {args.llm}: {frozen:.0f} M parameters, {weights}; {keys}")
+    trained = sum(p.numel() for p in run.expert.parameters()) / 1e6
+    side = args.image_size // args.patch
     print(
         f"expert: {trained:.1f} M parameters, all trained; {len(run.expert.blocks)} layers of "
         f"width {run.expert.width}, {side}x{side} image tokens"
     )
+    resumed = f", resumed at step {run.step}" if run.step else ""
     print(f"data {args.data}: {run.data['data_about']}; run {args.out}{resumed}", flush=True)
 
 
@@ -337,9 +337,7 @@ def train_loop(run: Run, until: int, progress: tqdm) -> None:
     args = run.args
     predict = torch.compile(run.expert) if args.compile else run.expert
     metrics = checkpoint.Metrics(run)
-    for captions, pictures in batches(
-        run.source, run.llm, args.batch_size, args.draws, run.step
-    ):
+    for captions, pictures in batches(run.source, run.llm, args.batch_size, args.draws, run.step):
         losses, t, norm = train_step(run, predict, captions, pictures)
         metrics.add(losses, t)
         progress.update()
@@ -378,8 +376,6 @@ def draw_samples(run: Run) -> Path:
     return path
 
 
-
-
 # -------------------------------------------------------------------------------------------------
 # flags
 
@@ -398,8 +394,7 @@ RECIPES = {  # what a source or a tower changes in the defaults
     },
     "mirror": {"lr": 3e-4},
 }
-OF_MOT_ALONE = ("layers",)  # other bridges read what is theirs
-OF_OUR_OWN_TOWERS = ("size", "width", "heads", "depth", *OF_MOT_ALONE)  # a mirror has the LLM's
+NOT_FOR_MIRROR = ("size", "width", "heads", "depth", "layers")  # it has the LLM's
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> argparse.Namespace:
@@ -422,7 +417,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
 
 def check_belongings(parser: OneLineParser, args: argparse.Namespace, bridge: str) -> None:
     """ValueError for a flag that means nothing to the tower that is asked for."""
-    unused = {"mot": (), "mirror": OF_OUR_OWN_TOWERS}.get(bridge, OF_MOT_ALONE)
+    unused = {"mot": (), "mirror": NOT_FOR_MIRROR}.get(bridge, ("layers",))
     for name in unused:
         if getattr(args, name) != parser.get_default(name):
             flag = name.replace("_", "-")

@@ -15,7 +15,8 @@ from extras.intervals import (
 
 
 def simulated(rng: np.random.Generator, scenes=16, languages=10, seeds=4, better=0.0) -> Sample:
-    """Verdicts of pictures whose chance is the sum of a scene's, a language's and a seed's part, on the logistic scale.
+    """Verdicts of pictures whose chance is the sum of a scene's, a language's and a seed's part, on
+    the logistic scale.
     better: how much another run is, on the same scale; then the values are paired differences."""
     scene, language, seed = np.indices((scenes, languages, seeds)).reshape(3, -1)
     ease = (
