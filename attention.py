@@ -13,8 +13,9 @@ They agree because no text token ever sees an image token: the text half of the 
 depend on the image at all, so it is computed once per caption and kept. tests/test_joint.py proves
 it through whole models.
 
-Shapes: B images, T text tokens (right-padded), N image tokens, H query heads, G key/value heads (H
-a multiple of G: grouped queries), Dk and Dv head widths. All is (B, heads, tokens, head_width).
+Shapes: B images, T text tokens (right-padded), N image tokens, H query heads, G key/value heads, Dk
+and Dv head widths. H is a multiple of G: H // G query heads share one key/value head (grouped
+queries). All tensors are (B, heads, tokens, head_width).
 """
 
 import os
@@ -23,6 +24,69 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def joint_attention(
+    img_q: Tensor,
+    img_k: Tensor,
+    img_v: Tensor,
+    txt_k: Tensor,
+    txt_v: Tensor,
+    mask: Tensor | None,
+    backend: str | None = None,
+) -> Tensor:
+    """The image rows of the definition: softmax(q [k_txt; k_img]^T / sqrt(Dk)) [v_txt; v_img].
+
+    img_q (B, H, N, Dk), img_k (B, G, N, Dk), img_v (B, G, N, Dv); txt_k (B, G, T, Dk), txt_v
+    (B, G, T, Dv); mask from text_mask, or None where no row is padded. Returns (B, H, N, Dv).
+    (Image keys may be fewer than queries: none, where only the text is asked, as extras/ do.)
+    backend: "sdpa" or "triton", see wants_kernel.
+    """
+    B, H, N, Dk = img_q.shape
+    G = img_v.shape[1]
+    Dv = img_v.shape[3]
+    txt_k = txt_k.to(img_k.dtype)
+    txt_v = txt_v.to(img_v.dtype)
+    if wants_kernel(backend, img_q.device):
+        from extras.trust import kernel_attention
+
+        out = kernel_attention(img_q, img_k, img_v, txt_k, txt_v, mask)
+        if out is not None:
+            return out
+    joint_k = torch.cat([txt_k, img_k], dim=2)  # (B, G, T+N, Dk)
+    joint_v = torch.cat([txt_v, img_v], dim=2)  # (B, G, T+N, Dv)
+    # the H // G query heads that share a key head, and all image tokens, share one mask as well: so
+    # those heads can simply be more rows of queries
+    rows = img_q.reshape(B, G, H // G * N, Dk)
+    if img_q.device.type == "cpu" and torch.is_grad_enabled():
+        out = matrix_products(rows, joint_k, joint_v, mask)
+    else:
+        out = F.scaled_dot_product_attention(rows, joint_k, joint_v, attn_mask=mask)
+    return out.reshape(B, H, N, Dv)
+
+
+def matrix_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """SDPA written out, for training on a CPU: half the time of SDPA's forward and backward there
+    (at N = 16 and 64). q (B, G, R, Dk), k (B, G, J, Dk), v (B, G, J, Dv) -> (B, G, R, Dv)."""
+    B, G, R, Dk = q.shape
+    bias = q.new_zeros(1, 1, 1)
+    if mask is not None:
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        bias = bias.expand(B, G, 1, -1).flatten(0, 1)  # (B G, 1, J)
+    keys = k.flatten(0, 1).transpose(1, 2)  # (B G, Dk, J)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), keys, alpha=Dk**-0.5)
+    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).unflatten(0, (B, G))
+
+
+def text_mask(lengths: Tensor, T: int, N: int) -> Tensor:
+    """What an image token sees, the same at every layer: the valid text and the whole image.
+    lengths (B,) -> (B, 1, 1, T+N) bool."""
+    place = torch.arange(T + N, device=lengths.device)
+    return ((place < lengths[:, None]) | (place >= T))[:, None, None, :]
+
+
+# -------------------------------------------------------------------------------------------------
+# the definition, which tests compare with
 
 
 def hybrid_mask(lengths: Tensor, T: int, N: int) -> Tensor:
@@ -35,7 +99,8 @@ def hybrid_mask(lengths: Tensor, T: int, N: int) -> Tensor:
     is_image = place >= T
     valid = is_image | (place < lengths[:, None])  # (B, T+N)
     causal = place[:, None] >= place[None, :]
-    sees = torch.where(is_image[:, None], torch.ones_like(causal), causal & ~is_image[None, :])
+    text_sees = causal & ~is_image[None, :]
+    sees = torch.where(is_image[:, None], True, text_sees)  # an image token: everything
     padded_self = torch.eye(T + N, dtype=torch.bool, device=device) & ~valid[:, None, :]
     return ((sees & valid[:, None, :]) | padded_self)[:, None]
 
@@ -57,60 +122,8 @@ def joint_attention_definition(
     return (weights @ joint_v.float()).to(joint_v.dtype)
 
 
-def joint_attention(
-    img_q: Tensor,
-    img_k: Tensor,
-    img_v: Tensor,
-    txt_k: Tensor,
-    txt_v: Tensor,
-    mask: Tensor | None,
-    backend: str | None = None,
-) -> Tensor:
-    """The image rows of the definition: softmax(q [k_txt; k_img]^T / sqrt(Dk)) [v_txt; v_img].
-
-    img_q (B, H, N, Dk), img_k (B, G, S, Dk), img_v (B, G, S, Dv), S being N, or 0 for N queries of
-    the text alone; txt_k (B, G, T, Dk), txt_v (B, G, T, Dv); mask from text_mask, or None where no
-    row is padded. Returns (B, H, N, Dv). backend: "sdpa" or "triton", see wants_kernel.
-    """
-    B, H, N, Dk = img_q.shape
-    G, S, Dv = img_v.shape[1:]
-    txt_k = txt_k.to(img_k.dtype)
-    txt_v = txt_v.to(img_v.dtype)
-    if wants_kernel(backend, img_q.device):
-        from extras.trust import kernel_attention
-
-        out = kernel_attention(img_q, img_k, img_v, txt_k, txt_v, mask)
-        if out is not None:
-            return out
-    joint_k = torch.cat([txt_k, img_k], dim=2)  # (B, G, T+S, Dk)
-    joint_v = torch.cat([txt_v, img_v], dim=2)  # (B, G, T+S, Dv)
-    rows = img_q.reshape(B, G, H // G * N, Dk)  # grouped queries: more rows ask the same keys
-    if img_q.device.type == "cpu" and torch.is_grad_enabled():
-        out = matrix_products(rows, joint_k, joint_v, mask)
-    else:
-        out = F.scaled_dot_product_attention(rows, joint_k, joint_v, attn_mask=mask)
-    return out.reshape(B, H, N, Dv)
-
-
-def matrix_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """SDPA written out, for training on a CPU: half the time of SDPA's forward and backward there
-    (at N = 16 and 64). q (B, G, R, Dk), k (B, G, S, Dk), v (B, G, S, Dv) -> (B, G, R, Dv)."""
-    B, G, R, Dk = q.shape
-    bias = q.new_zeros(1, 1, 1)
-    if mask is not None:
-        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-        bias = bias.expand(B, G, 1, -1).flatten(0, 1)  # (B G, 1, S)
-    keys = k.flatten(0, 1).transpose(1, 2)  # (B G, Dk, S)
-    scores = torch.baddbmm(bias, q.flatten(0, 1), keys, alpha=Dk**-0.5)
-    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).unflatten(0, (B, G))
-
-
-def text_mask(lengths: Tensor, T: int, S: int) -> Tensor:
-    """What an image token sees, the same at every layer: the valid text and the whole image.
-    lengths (B,) -> (B, 1, 1, T+S) bool."""
-    place = torch.arange(T + S, device=lengths.device)
-    return ((place < lengths[:, None]) | (place >= T))[:, None, None, :]
-
+# -------------------------------------------------------------------------------------------------
+# which of the two ways
 
 # Compute capabilities where `python -m extras.bench attention` has shown the kernel to be faster:
 # none so far.
@@ -119,7 +132,7 @@ MEASURED: set[tuple[int, int]] = set()
 
 @torch.compiler.assume_constant_result  # in a compiled graph: asked when it is made
 def wants_kernel(backend: str | None, device: torch.device) -> bool:
-    """Whether the Triton kernel shall take the place of SDPA: where `backend`, or JOINT_ATTENTION
+    """Whether to use the Triton kernel instead of SDPA: where `backend`, or JOINT_ATTENTION
     in the environment, asks for it, or else where it is MEASURED."""
     asked = backend or os.environ.get("JOINT_ATTENTION")
     if asked in ("sdpa", "triton"):
@@ -129,6 +142,10 @@ def wants_kernel(backend: str | None, device: torch.device) -> bool:
     if device.type != "cuda" or not MEASURED:
         return False
     return torch.cuda.get_device_capability(device) in MEASURED
+
+
+# -------------------------------------------------------------------------------------------------
+# rotary positions, for llm.py and inspection.py
 
 
 def rotate(x: Tensor, angle: Tensor) -> Tensor:
@@ -150,8 +167,8 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
 @dataclass
 class Rotary:
     """How one layer's keys turn with the position: by `frequencies` (R/2,), in radians per token,
-    in the dimensions that `order` (Dk,) brings to the front, half-split as `rotate` has them. R = 0
-    where they do not turn."""
+    in the dimensions that `order` (Dk,) brings to the front, half-split as `rotate` has them: 0, 2,
+    1, 3 for neighbours that turn together (GPT-J). R = 0 where they do not turn."""
 
     frequencies: Tensor
     order: Tensor
@@ -161,4 +178,5 @@ class Rotary:
         if not len(self.frequencies):
             return x
         angle = positions[:, None] * self.frequencies
-        return rotate(x[..., self.order], angle)[..., self.order.argsort()]
+        turned = rotate(x[..., self.order], angle)
+        return turned[..., self.order.argsort()]  # back to the model's own order

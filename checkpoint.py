@@ -50,7 +50,7 @@ def save_run(run) -> None:
         "step": str(run.step),
         "args": json.dumps(vars(run.args)),
         "config": json.dumps(run.expert.config),
-        **run.data,
+        **run.data_identity,
     }
 
     def write(folder: Path) -> None:

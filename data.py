@@ -82,6 +82,9 @@ def hashed_tenth(items: set) -> set:
     return set(ordered[: len(items) // 10])
 
 
+PROMPTS = Path(__file__).parent / "assets" / "prompts"  # that evaluate.py asks for
+
+
 def _read_test_prompts() -> frozenset[str]:
     prompts = set()
     for path in sorted(PROMPTS.glob("*.jsonl")):
@@ -90,12 +93,11 @@ def _read_test_prompts() -> frozenset[str]:
     return frozenset(prompts)
 
 
-# Never a training caption, word for word: the prompts that evaluate.py asks for.
-PROMPTS = Path(__file__).parent / "assets" / "prompts"
+# Never a training caption, word for word.
 TEST_PROMPTS = _read_test_prompts()
 
-# Never in a training caption either: a tenth of the pairs, of which names of one and the same RGB
-# fall together, and a tenth of the triples.
+# Never in a training caption either: a tenth of all (color, shape) pairs, where colours of equal
+# RGB go together, and a tenth of all (shape, relation, shape) triples.
 _PAIRS = list(product(COLORS, SHAPES))
 _TRIPLES = list(product(SHAPES, RELATIONS, SHAPES))
 _held_out_rgb = hashed_tenth({(COLORS[color], shape) for color, shape in _PAIRS})
@@ -273,6 +275,7 @@ def lay_out(scene: Scene, rng: np.random.Generator) -> list[Thing]:
     things = []
     for group in scene.groups:
         color = group.color
+        # one that is open is drawn again while it would make a held-out pair
         while color is None or (group.color is None and (color, group.shape) in HELD_OUT_PAIRS):
             color = str(rng.choice(CANONICAL_COLORS))
         for _ in range(group.count):
@@ -388,11 +391,11 @@ class Shapes:
             kind = rng.random()
             if kind < 0.38 or self.one_object:
                 counts = (1,)
-            elif kind < 0.54:  # two to four of a kind
+            elif kind < 0.54:  # 16 %: two to four of a kind
                 counts = (int(rng.integers(2, 5)),)
-            elif kind < 0.74:  # two kinds, without a word on where they stand
+            elif kind < 0.74:  # 20 %: two kinds, without a word on where they stand
                 counts = _TWO_COUNTS[rng.integers(len(_TWO_COUNTS))]
-            else:  # one left of, right of, above or below another
+            else:  # 26 %: one left of, right of, above or below another
                 counts = (1, 1)
                 relation = str(rng.choice(list(RELATIONS)))
             # a scene without any colour word, or a group here and there

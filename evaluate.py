@@ -153,7 +153,8 @@ def hashed(what: str) -> str:
 
 
 def is_in(half: str, scene_id: str) -> bool:
-    """Whether what has this hash belongs to the half to choose on, or to the one to report."""
+    """Whether a scene belongs to this half: "choose" is for choosing settings, "report" for the
+    numbers that are given."""
     side = ("choose", "report")[int(scene_id, 16) % 2]
     return half in ("both", side)
 
@@ -264,7 +265,7 @@ def open_runs(args: argparse.Namespace, kind: str, suites: list[str]) -> list[Lo
 
 
 def read_results(path: Path) -> dict:
-    """Those of other suites that are there, or none. ValueError if it is something else."""
+    """The results already in the file, or {}. ValueError if it is no evaluation."""
     try:
         return {} | json.loads(path.read_text("utf-8")) if path.exists() else {}
     except (TypeError, ValueError):
@@ -274,7 +275,7 @@ def read_results(path: Path) -> dict:
 
 
 def save_results(args: argparse.Namespace, runs: list[LoadedRun], results: dict) -> None:
-    """Put each run's scores beside those of other suites that are there, each file at once."""
+    """Merge each run's scores into its file; other suites' scores there stay."""
     settings = {}
     for name in ("half", "n", "limit", "steps", "guidance", "seed", "read"):
         settings[name] = getattr(args, name)
@@ -354,4 +355,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    one_line_errors(main)
+    import evaluate  # under its own name, by which extras/tables.py knows it
+
+    one_line_errors(evaluate.main)

@@ -4,7 +4,7 @@
     context = llm.context(["a red circle", ""])          # once per caption, then from its cache
 
 `Context` is what the LLM hands over. `FrozenLLM` makes it: any Hugging Face decoder, read only. It
-holds no trainable parameter, runs over each caption once, and remembers what it said.
+holds no trainable parameter, runs over each caption once, and caches the result.
 """
 
 import inspect
@@ -89,10 +89,11 @@ class Reading:
 class FrozenLLM:
     """Any Hugging Face decoder, frozen: captions in, `Context` out.
 
-    `reader` says what is read of a caption: None, the caption itself; or an object with one method,
-    read(caption) -> Reading, or -> the finished row (T, W) of a caption, as `pack` makes it.
-    `keep` says which attention layers are handed over. Both empty the cache of captions, which
-    holds up to cache_mb megabytes (MB = 10^6 bytes); the least recently used go first.
+    `reader` turns a caption into what the LLM reads: None means the caption's own tokens; otherwise
+    an object with one method, read(caption) -> Reading, or -> a finished row (T, W) as `pack` makes
+    it. `keep` says which attention layers are handed over. Setting either empties the cache of
+    captions, which holds up to cache_mb megabytes (MB = 10^6 bytes); the least recently used go
+    first.
 
     revision: the commit of its Hub repository, None for a local model. writes: whether it has a
     language-model head. identity: what a checkpoint keeps of it. seconds: time spent in the LLM.
@@ -119,9 +120,8 @@ class FrozenLLM:
         self.fingerprint = self.identity["llm_fingerprint"]
         config = model.config.get_text_config()
         self.max_tokens = (getattr(config, "max_position_embeddings", None) or NO_LIMIT) - 1
-        known = getattr(model.get_input_embeddings(), "num_embeddings", NO_LIMIT)
-        self.embeddings = known  # how many tokens it knows
-        self.room = 0  # positions that stay free after the caption
+        self.vocab_size = getattr(model.get_input_embeddings(), "num_embeddings", NO_LIMIT)
+        self.room = 0  # positions that extras/ keep free after the caption
         self.seconds = 0.0
         self._warned = False
         self._reader = None
@@ -162,31 +162,39 @@ class FrozenLLM:
         self._cached_bytes = 0
 
     # -- captions to contexts
+    #
+    # context: lookup (caption -> row, from the cache or by encode), batch (rows -> one padded
+    #          tensor), unpack (-> keys and values of each layer)
+    # encode:  run (token ids -> the LLM's own cache), pack (keys turned back, all layers side by
+    #          side: a row (T, W) of W numbers a token is easy to cache)
 
     def context(self, captions: list[str]) -> Context:
         """captions (B of them, repeats are free) -> Context."""
-        packed, lengths, rows = self.batch(self.lookup(captions), captions)
-        context = self.unpack(packed[rows], lengths[rows])
-        context.padded = bool((lengths < packed.shape[1]).any())
+        found = self.lookup(captions)
+        packed, lengths, which = self.batch(found, captions)
+        context = self.unpack(packed[which], lengths[which])
+        context.padded = any(len(row) < packed.shape[1] for row in found.values())
         return context
 
     def batch(self, found: dict[str, Tensor], captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows that lookup has found, as one batch: (distinct captions, T, W), their lengths,
-        and the place of each of the B captions among them."""
-        place = {caption: i for i, caption in enumerate(found)}
+        """Pad the rows that lookup found into one tensor (U distinct captions, T, W); also their
+        lengths (U,), and which of them each of the B captions is, (B,)."""
+        row_of = {caption: i for i, caption in enumerate(found)}
         lengths = torch.tensor([len(row) for row in found.values()], device=self.device)
         packed = pad_sequence(list(found.values()), batch_first=True)
-        T = -(-packed.shape[1] // BUCKET) * BUCKET  # few distinct shapes: kinder to compilers
+        T = round_up(packed.shape[1], BUCKET)  # few distinct shapes: kinder to compilers
         packed = F.pad(packed, (0, 0, 0, T - packed.shape[1]))
-        rows = torch.tensor([place[caption] for caption in captions], device=self.device)
-        return packed, lengths, rows
+        which = torch.tensor([row_of[caption] for caption in captions], device=self.device)
+        return packed, lengths, which
 
     def lookup(self, captions: list[str]) -> dict[str, Tensor]:
         """caption -> (T, W), in the order asked; the LLM runs over new ones alone, each once."""
         started = time.perf_counter()
         # the order must not depend on what the cache holds
         found: dict[str, Tensor | None] = dict.fromkeys(captions)
-        missing: dict[int, list[tuple[str, Reading]]] = {}  # padded length -> captions
+        unread: dict[int, list[tuple[str, Reading]]] = {}  # padded length -> captions
+
+        # from the cache, or to be read
         for caption in found:
             if caption in self._cached:
                 self._cached.move_to_end(caption)
@@ -196,11 +204,11 @@ class FrozenLLM:
             if isinstance(reading, Tensor):
                 found[caption] = self._store(caption, reading)
                 continue
-            length = -(-len(reading.ids) // BUCKET) * BUCKET
-            missing.setdefault(length, []).append((caption, reading))
+            length = round_up(len(reading.ids), BUCKET)
+            unread.setdefault(length, []).append((caption, reading))
 
         # captions of one length go through the LLM together
-        for length, group in sorted(missing.items()):
+        for length, group in sorted(unread.items()):
             count = max(1, min(ROWS, TOKENS // max(1, length)))
             for start in range(0, len(group), count):
                 chunk = group[start : start + count]
@@ -208,8 +216,9 @@ class FrozenLLM:
                 for row, (caption, reading) in zip(packed, chunk):
                     shown = row[reading.start : len(reading.ids)].clone()
                     found[caption] = self._store(caption, shown)
-        if missing and self.device.type == "cuda":
+        if unread and self.device.type == "cuda":
             torch.cuda.synchronize()  # so that the time is the LLM's
+        # forget the least recently used; `found` still holds what was asked
         while self._cached_bytes > self._cache_limit:
             _, oldest = self._cached.popitem(last=False)
             self._cached_bytes -= oldest.nbytes
@@ -234,7 +243,7 @@ class FrozenLLM:
         return self.cut(self.tokenizer(caption).input_ids)
 
     def open_ids(self, text: str) -> list[int]:
-        """The tokens of a text that goes on: without the end that embedding LLMs put there."""
+        """Tokens of a text to be continued: without the end that embedding LLMs' tokenizers add."""
         ids = self.tokenizer(text).input_ids
         if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
             return ids[:-1]
@@ -248,19 +257,18 @@ class FrozenLLM:
             warnings.warn(said, stacklevel=4)
             self._warned = True
         ids = ids[:most]
-        if ids and max(ids) >= self.embeddings:
+        if ids and max(ids) >= self.vocab_size:
             text = self.tokenizer.decode(ids)
             raise ValueError(
                 f"{text[:60]!r} has the token {max(ids)}, and {self.name} embeddings of "
-                f"{self.embeddings}; was resize_token_embeddings forgotten?"
+                f"{self.vocab_size}; was resize_token_embeddings forgotten?"
             )
         return ids
 
     # -- tokens to keys and values
 
-    def encode(self, rows: list[list[int]], length: int, count: int) -> Tensor:
-        """At most `count` token rows -> (count, length, W): what is kept of all layers, side by
-        side.
+    def encode(self, token_lists: list[list[int]], length: int, count: int) -> Tensor:
+        """At most `count` lists of tokens -> (count, length, W): their packed rows.
 
         Always the same shape for the same caption, whatever its neighbours: matrix kernels choose
         their summation order by shape, and a caption's keys must come out bit for bit the same
@@ -271,23 +279,24 @@ class FrozenLLM:
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
         ids = torch.zeros(count, length, dtype=torch.long)
         lengths = torch.zeros(count, dtype=torch.long)
-        for i, tokens in enumerate(rows):
+        for i, tokens in enumerate(token_lists):
             ids[i, : len(tokens)] = torch.tensor(tokens)
             lengths[i] = len(tokens)
         lengths = lengths.to(self.device)
-        return self.pack(self.read_rows(ids.to(self.device), lengths), lengths)
+        return self.pack(self.run_kept(ids.to(self.device), lengths), lengths)
 
-    def read_rows(self, ids: Tensor, lengths: Tensor) -> DynamicCache:
+    def run_kept(self, ids: Tensor, lengths: Tensor) -> DynamicCache:
         """ids (B, T) of which lengths (B,) are valid -> the cache, up to the last layer kept."""
         return self.run(ids, max(self.cache_index[layer.index] for layer in self.kept))
 
     @torch.no_grad()
-    def run(self, ids: Tensor, last: int = NO_LIMIT, **inputs) -> DynamicCache:
-        """ids (B, T) -> the LLM's key-value cache up to layer `last`, without its head.
+    def run(self, ids: Tensor, up_to: int = NO_LIMIT, **inputs) -> DynamicCache:
+        """ids (B, T) -> the LLM's key-value cache up to that layer, without its head.
 
-        No padding mask: a causal model's valid tokens never see what stands to their right.
+        No padding mask: a causal model's valid tokens never see what stands to their right. Called
+        outside of autocast: a caption's keys must not depend on who asked first.
         """
-        cache = CacheUpTo(self.model.config, last)
+        cache = CacheUpTo(self.model.config, up_to)
         decoder = self.model.base_model
         with suppress(Enough):
             decoder(input_ids=ids, **with_cache(decoder, cache), **inputs)
@@ -321,6 +330,10 @@ class FrozenLLM:
         return Context(keys, values, lengths)  # (B, G, T, Dk) and (B, G, T, Dv)
 
 
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
 class Enough(Exception):
     """Raised where an LLM need not compute any further."""
 
@@ -329,18 +342,18 @@ class CacheUpTo(DynamicCache):
     """A cache of the LLM's own kind, but for two things.
 
     Sliding-window layers keep all tokens: a window of the padded row is not one of the caption. And
-    once layer `last` has handed in its keys and values the model stops: the rest is not needed.
+    once layer `up_to` has handed in its keys and values the model stops: the rest is not needed.
     """
 
-    def __init__(self, config, last: int = NO_LIMIT):
+    def __init__(self, config, up_to: int = NO_LIMIT):
         super().__init__(config=config)
-        self.last = last
+        self.up_to = up_to
         for layer in self.layers:
             layer.sliding_window = NO_LIMIT
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         everything = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx >= self.last:
+        if layer_idx >= self.up_to:
             raise Enough
         return everything
 
@@ -379,6 +392,7 @@ def select_layers(llm: FrozenLLM, depth: int, part: str = "all") -> list[dict]:
                 f"--layers {part}: expected {', '.join(PARTS)}, or at most {depth} rising numbers "
                 f"from 0 to {available - 1} (13,15,17 or 6-11), or a share of the depth (0.85)"
             )
+        # shared out over the blocks: of 2 numbers, 4 blocks read a, a, b, b
         return [asdict(llm.layers[numbers[i * len(numbers) // depth]]) for i in range(depth)]
     if depth > available:
         raise ValueError(
@@ -392,11 +406,12 @@ def select_layers(llm: FrozenLLM, depth: int, part: str = "all") -> list[dict]:
         "middle": (available - window) // 2,
         "upper": available - window,
     }[part]
+    # block i reads the last layer of the i-th of `depth` equal parts of the window
     return [asdict(llm.layers[first + (i + 1) * window // depth - 1]) for i in range(depth)]
 
 
 def layer_numbers(part: str, available: int) -> list[int]:
-    """ "13,15", "6-11" or "0.85" as numbers of layers; none if it is something else."""
+    """Parse "13,15", "6-11" or "0.85", a share of the depth; [] if it is none of these."""
     numbers = []
     for piece in part.split(","):
         try:

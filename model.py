@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from attention import joint_attention, text_mask
 from flow import to_velocity
-from llm import Context, FrozenLLM, TextLayer, select_layers
+from llm import Context, FrozenLLM, TextLayer, round_up, select_layers
 
 
 class ImageExpert(nn.Module, PyTorchModelHubMixin):
@@ -78,16 +78,18 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
         )
         # adaLN: shift, scale and gate of all blocks, shift and scale of the head, in one product
         self.modulation = nn.Linear(width, (6 * len(layers) + 2) * width)
-        intermediate = intermediate or -(-8 * width // (3 * 64)) * 64  # a multiple of 64
+        intermediate = intermediate or round_up(round(8 * width / 3), 64)
         gains = text_gains or [None] * len(layers)
         self.blocks = nn.ModuleList()
         for layer, gain in zip(layers, gains):
             block = ExpertBlock(width, heads, intermediate, layer, self.qk_norm, gain)
             self.blocks.append(block)
         self.head = nn.Linear(width, pixels)
-        for last in (self.modulation, self.head):  # adaLN-Zero: blocks start as the identity
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        # adaLN-Zero: blocks start as the identity. The head starts at 0: whatever it is asked, an
+        # untrained expert says "grey everywhere" (or, with --prediction velocity, "stay")
+        for layer in (self.modulation, self.head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     @classmethod
     def beside(cls, llm: FrozenLLM, width: int, depth: int, heads: int | None, layers: str, **more):
@@ -103,7 +105,7 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
         """x_t (B, C, height, width), t (B,) in [0, 1] -> velocity like x_t, in float32."""
-        img, modulations, last = self.tokens_of(x_t, t)  # (B, N, D)
+        img, modulations, head_modulation = self.tokens_of(x_t, t)  # (B, N, D)
         T = context.keys[0].shape[2]
         mask = text_mask(context.lengths, T, img.shape[1]) if context.padded else None
         for block, m, txt_k, txt_v in zip(self.blocks, modulations, context.keys, context.values):
@@ -111,7 +113,7 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
             txt_k = block.scale_keys(txt_k)  # (B, G, T, Dk)
             attended = joint_attention(img_q, img_k, img_v, txt_k, txt_v, mask)  # (B, H, N, Dv)
             img = block.finish(img, attended, m)  # (B, N, D)
-        return self.velocity_of(img, last, x_t, t)  # (B, C, height, width)
+        return self.velocity_of(img, head_modulation, x_t, t)  # (B, C, height, width)
 
     def tokens_of(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """Image tokens (B, N, D); the modulation of each block (B, 6, 1, D), of the head
@@ -120,20 +122,24 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
         img = self.embed(patchify(x_t, self.patch))  # (B, N, D)
         position = sincos_2d(height // self.patch, width // self.patch, self.width, x_t.device)
         img = img + position.to(img.dtype)
+        # 1000: DiT's timesteps; t in [0, 1] alone would hardly move the slow waves
         time = self.embed_time(timestep_embedding(1000 * t, 256))  # (B, D)
         modulation = self.modulation(time).view(B, -1, 1, self.width)  # (B, 6 L + 2, 1, D)
-        *per_block, last = modulation.split([6] * len(self.blocks) + [2], dim=1)
-        return img, per_block, last
+        *per_block, of_head = modulation.split([6] * len(self.blocks) + [2], dim=1)
+        return img, per_block, of_head
 
     def velocity_of(self, img: Tensor, modulation: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The last image tokens (B, N, D) -> velocity (B, C, height, width)."""
         shift, scale = modulation.unbind(1)
-        return self.to_velocity(self.head(modulate(rms_norm(img), shift, scale)), x_t, t)
+        tokens = self.head(modulate(rms_norm(img), shift, scale))  # (B, N, C P P)
+        return self.unpatchify_velocity(tokens, x_t, t)
 
-    def to_velocity(self, tokens: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def unpatchify_velocity(self, tokens: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """What the head says, (B, N, C P P), as a velocity (B, C, height, width) in float32."""
         out = unpatchify(tokens.float(), self.patch, *x_t.shape[2:])
         return out if self.prediction == "velocity" else to_velocity(out, x_t, t)
+
+    # PyTorchModelHubMixin gives save_pretrained, from_pretrained, push_to_hub, and calls these two
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """One safetensors file with the config inside (config.json is a copy, for the Hub)."""
@@ -188,8 +194,8 @@ class ExpertBlock(nn.Module):
 
     def project(self, img: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """img (B, N, D), modulation (B, 6, 1, D) -> queries, keys and values of the image."""
-        shift, scale, _, _, _, _ = modulation.unbind(1)
-        x = modulate(rms_norm(img), shift, scale)
+        shift1, scale1, _, _, _, _ = modulation.unbind(1)
+        x = modulate(rms_norm(img), shift1, scale1)
         img_q, img_k, img_v = self.qkv(x).split(self.split, dim=-1)
         G = self.layer.kv_heads
         img_q = img_q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, Dk)
@@ -209,10 +215,10 @@ class ExpertBlock(nn.Module):
 
     def finish(self, img: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
         """img (B, N, D) and what its queries attended to (B, H, N, Dv) -> img of the next layer."""
-        _, _, gate1, shift, scale, gate2 = modulation.unbind(1)
+        _, _, gate1, shift2, scale2, gate2 = modulation.unbind(1)
         attended = attended.transpose(1, 2).flatten(2)  # (B, N, H Dv)
-        img = torch.addcmul(img, gate1, self.out(attended))
-        x = modulate(rms_norm(img), shift, scale)
+        img = torch.addcmul(img, gate1, self.out(attended))  # img + gate1 * ..., in one pass
+        x = modulate(rms_norm(img), shift2, scale2)
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return torch.addcmul(img, gate2, self.down(F.silu(gate) * up))  # SwiGLU
 
@@ -223,7 +229,7 @@ class ExpertBlock(nn.Module):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: x (B, N, D) scaled and shifted by what the time says, (B, 1, D) each."""
-    return torch.addcmul(shift, x, 1 + scale)
+    return torch.addcmul(shift, x, 1 + scale)  # shift + x * (1 + scale)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -296,12 +302,11 @@ LARGE_KEYS = 10.0  # root mean square; heads of gemma-3-270m have 2 to 8, of Smo
 
 
 def text_gains(llm: FrozenLLM, layers: list[dict]) -> list[list[float] | None] | None:
-    """What the learned gains of the text's scores start from, for the heads of each of these
-    layers, or None.
+    """The first gain of each key head of these layers, or None if none needs one.
 
-    The expert's own keys are normed (QK-norm). An LLM whose keys have biases of hundreds and no
-    norm (Qwen2) would win or lose every score by them: the softmax saturates. Such heads start with
-    keys of size 1, and learn how loud they should be.
+    The expert's own keys are normed (QK-norm). Text keys with biases in the hundreds and no norm
+    (Qwen2) would win or lose every score by them: the softmax saturates. Such heads start at a root
+    mean square of 1; a factor on that is learned.
     """
     gains = []
     for layer in layers:

@@ -75,9 +75,9 @@ def draw(
         for seed in seeds[start : start + batch_size]:
             noise.append(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
         noise = torch.stack(noise).to(llm.device)  # (B, C, height, width)
+        context = llm.context(captions)  # outside of autocast, as in training
+        empty = llm.context([""] * len(captions))
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
-            context = llm.context(captions)
-            empty = llm.context([""] * len(captions))
             x = euler_sample(expert, noise, context, steps, empty, guidance, interval, renorm)
         pictures.append(to_pixels(x))
     return np.concatenate(pictures)
@@ -106,8 +106,8 @@ def to_tensor(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
 def llm_of(
     expert: ImageExpert, name: str | None, device, dtype, trust_remote_code: bool = False
 ) -> FrozenLLM:
-    """The LLM that an expert was trained with, reading captions as it did then; another one, or
-    another revision of it, is refused. name: where it lies now, if it has moved."""
+    """The LLM that the expert was trained with, set up as it was then. ValueError for another LLM
+    or revision. name: its new place, if it has moved."""
     made_for = expert.made_for
     if not {"llm", "llm_fingerprint"} <= made_for.keys():
         raise ValueError(
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def open_towers(args: argparse.Namespace, folder: Path) -> tuple[ImageExpert, FrozenLLM]:
-    """The expert of --ckpt, and its LLM as --read has it; `folder` can be written, too."""
+    """Load --ckpt and its LLM, with --read applied; ValueError if `folder` cannot be written."""
     ckpt = args.ckpt or str(newest_run())
     device, why_device = pick_device(args.device)
     dtype, why_dtype = pick_dtype(args.dtype, device)

@@ -56,7 +56,8 @@ from sample import draw, to_tensor
 WARMUP_STEPS = 200  # the learning rate rises over so many steps, then falls linearly to zero
 EMA_DECAY = 0.999  # of the weights' moving average, which is what is saved to draw with
 TIME_MEAN = -0.4  # of the logit-normal time: below zero it leans to the noise
-LARGEST_GRADIENT = 1.0  # norm to which a step's gradient is clipped
+TIME_STD = 1.0
+LARGEST_GRADIENT = 1.0  # a gradient's norm is clipped to this
 LOOK_AHEAD = 32  # steps whose captions go to the LLM together
 LOOK_AHEAD_BYTES = 500e6  # or fewer: the most that their pictures take
 LOG_EVERY = 50  # steps a line of metrics.jsonl
@@ -73,20 +74,22 @@ def train_step(
     args = run.args
 
     # The step's own randomness: it depends on the seed and the step alone, so that a run that was
-    # killed goes on with the numbers it would have had.
+    # killed goes on with the numbers it would have had. (On the CPU: the same on every device.)
     generator = step_generator(args.seed, run.step)
     data = to_tensor(pictures, run.device)  # (B, C, height, width) in [-1, 1]
     noise = torch.randn(data.shape, generator=generator).to(run.device)
-    t = sample_time(len(data), args.time_mean, 1.0, generator).to(run.device)  # (B,), 0 is noise
-    chance = torch.rand(len(data), generator=generator)
+    t = sample_time(len(data), args.time_mean, TIME_STD, generator).to(run.device)  # (B,)
+    uniform = torch.rand(len(data), generator=generator)
 
     # The caption's context: keys and values that the frozen LLM has for it, from its cache. Some
     # pictures get the empty prompt instead; guidance will need to know what that draws.
-    dropped = (chance < args.caption_dropout).tolist()
+    dropped = (uniform < args.caption_dropout).tolist()
     prompts = ["" if drop else caption for caption, drop in zip(captions, dropped)]
     context = run.llm.context(prompts)
 
-    # The loss: mix picture and noise at time t, and ask for the velocity from noise to picture.
+    # The loss. x_t = (1 - t) noise + t data lies between the two; the expert sees x_t, t and the
+    # caption, and answers a velocity. The right one is data - noise, the way from noise to picture:
+    # who starts at noise and follows it arrives at a picture, and that is drawing.
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
         losses = flow_loss(predict, data, noise, t, context)  # (B,)
     losses.mean().backward()
@@ -98,7 +101,7 @@ def train_step(
             "with a lower --lr"
         )
 
-    # The update: the learning rate warms up, then decays linearly to zero at the last step.
+    # The update: the learning rate warms up, then decays linearly to zero.
     warm_up = (run.step + 1) / args.warmup
     decay = (args.steps - run.step) / max(1, args.steps - args.warmup)
     for optimizer in run.optimizers:
@@ -128,13 +131,13 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     device: torch.device
     dtype: torch.dtype
-    data: dict[str, str]  # what the data is (`about`) and, unless from the seed, its fingerprint
+    data_identity: dict[str, str]  # what the data is and, unless from the seed, its fingerprint
     step: int = 0  # steps done
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The chance of one step of one run. On a CPU torch keeps the low 32 bits of a seed: both are
-    mixed into those."""
+    """The random generator of one step of one run. On a CPU torch keeps the low 32 bits of a seed:
+    both are mixed into those."""
     mixed = np.random.SeedSequence([seed, step]).generate_state(1)
     return torch.Generator().manual_seed(int(mixed[0]))
 
@@ -142,14 +145,14 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 def batches(
     source, llm: FrozenLLM, batch_size: int, draws: int, start: int
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Captions and pictures (B, size, size, 3) uint8 of each step from `start`: a function of the
-    seed and the step alone. The LLM runs over the captions of many steps at once."""
+    """Captions and pictures (B, size, size, 3) uint8 of each step from `start`; a batch depends on
+    the seed and the step alone. The LLM runs over the captions of many steps at once."""
     per_step = batch_size // draws
     step_bytes = 3 * batch_size * source.image_size**2
     ahead = max(1, min(LOOK_AHEAD, int(LOOK_AHEAD_BYTES / step_bytes)))
     step = start
     while True:
-        end = (step // ahead + 1) * ahead
+        end = (step // ahead + 1) * ahead  # a resumed run cuts the same windows
         examples = [source.example(i, draws) for i in range(step * per_step, end * per_step)]
         llm.lookup([caption for caption, _ in examples])
         for i in range(0, len(examples), per_step):
@@ -197,18 +200,19 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     print(f"device {device} ({why_device}); {dtype} ({why_dtype}); seed {args.seed}", flush=True)
 
     # the data
+    moved = it_may_have_moved if metadata else no_hint
     name, options = data_form(args.data)
-    with it_may_have_moved(name, "--resume --data") if metadata else nullcontext():
+    with moved(name, "--resume --data"):
         source = open_source(name, args.image_size, args.seed, **options)
-    data = checkpoint.data_of(source)
-    checkpoint.check_data(args.data, metadata, data)
+    data_identity = checkpoint.data_of(source)
+    checkpoint.check_data(args.data, metadata, data_identity)
 
-    # the LLM: on resuming, the same revision and what is read around a caption are the run's own
+    # the LLM: a resumed run takes the revision, and the text around each caption, it began with
     before = json.loads(metadata["config"])["made_for"] if metadata else {}
     revision = before.get("llm_revision") if args.llm == before.get("llm") else None
-    with it_may_have_moved(args.llm, "--resume --llm") if metadata else nullcontext():
+    with moved(args.llm, "--resume --llm"):
         llm = open_llm(args, device, dtype, revision)
-    reading = read_captions(args, llm, before)
+    reading = set_reader(args, llm, before)
 
     # the expert, the average of its weights, and its optimizers
     made_for = {
@@ -225,13 +229,18 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     make_folder(args.out)  # nothing is written before everything is there
     ema = type(expert)(**expert.config).to(device).requires_grad_(False)
     ema.load_state_dict(expert.state_dict())
-    ema.attach(llm)
+    ema.attach(llm)  # of use to a tower that holds on to the LLM
     optimizers = build_optimizers(expert, args.lr, args.weight_decay)
-    run = Run(args, source, llm, expert, ema, optimizers, device, dtype, data)
+    run = Run(args, source, llm, expert, ema, optimizers, device, dtype, data_identity)
     if metadata:
         checkpoint.load_run(run, metadata, tensors)
     print_run(run)
     return run
+
+
+def no_hint(place: str, flag: str):
+    """In place of it_may_have_moved, for a run that begins."""
+    return nullcontext()
 
 
 def open_llm(args: argparse.Namespace, device, dtype, revision: str | None) -> FrozenLLM:
@@ -252,9 +261,9 @@ def open_llm(args: argparse.Namespace, device, dtype, revision: str | None) -> F
     )
 
 
-def read_captions(args: argparse.Namespace, llm: FrozenLLM, before: dict) -> dict:
-    """Set what the LLM reads of a caption, as --template and --read say, or as the stored run has
-    it. -> what a checkpoint keeps of that."""
+def set_reader(args: argparse.Namespace, llm: FrozenLLM, before: dict) -> dict:
+    """Set llm.reader from --template and --read, or as the stored run had it; return what the
+    checkpoint stores of it."""
     if args.template == "{}" and not args.read:
         return {"template": "{}", "expose": "all", "thinking": None}
     from extras.thinking import reader_from, reader_from_flags
@@ -268,11 +277,11 @@ def read_captions(args: argparse.Namespace, llm: FrozenLLM, before: dict) -> dic
 
 def build_expert(args: argparse.Namespace, llm: FrozenLLM, source, made_for: dict) -> ImageExpert:
     """A tower of the size that is asked for, beside this LLM, fresh from the seed."""
-    dial = SIZES[args.size]
-    most = len(llm.layers) or dial["depth"]
+    preset = SIZES[args.size]
+    most = len(llm.layers) or preset["depth"]
     size = {
-        "width": args.width or dial["width"],
-        "depth": args.depth or min(dial["depth"], most),
+        "width": args.width or preset["width"],
+        "depth": args.depth or min(preset["depth"], most),
         "heads": args.heads,
         "layers": args.layers,
     }
@@ -297,12 +306,12 @@ def print_run(run: Run) -> None:
     args = run.args
     frozen = sum(p.numel() for p in run.llm.model.parameters()) / 1e6
     weights = "fresh from the seed and frozen" if args.random_llm else "all frozen"
-    keys = "an encoder"
+    kind = "an encoder"
     if run.llm.layers:
         layer = run.llm.layers[0]
-        keys = f"{len(run.llm.layers)} attention layers with {layer.kv_heads} key/value heads"
-        keys += f" of width {layer.key_width}"
-    print(f"LLM {args.llm}: {frozen:.0f} M parameters, {weights}; {keys}")
+        kind = f"{len(run.llm.layers)} attention layers with {layer.kv_heads} key/value heads"
+        kind += f" of width {layer.key_width}"
+    print(f"LLM {args.llm}: {frozen:.0f} M parameters, {weights}; {kind}")
     trained = sum(p.numel() for p in run.expert.parameters()) / 1e6
     side = args.image_size // args.patch
     print(
@@ -310,12 +319,12 @@ def print_run(run: Run) -> None:
         f"width {run.expert.width}, {side}x{side} image tokens"
     )
     resumed = f", resumed at step {run.step}" if run.step else ""
-    print(f"data {args.data}: {run.data['data_about']}; run {args.out}{resumed}", flush=True)
+    about = run.data_identity["data_about"]
+    print(f"data {args.data}: {about}; run {args.out}{resumed}", flush=True)
 
 
 def train(run: Run, until: int | None = None) -> None:
-    """Train to the end, or to step `until`, and save; no other process may train in the run's
-    folder meanwhile."""
+    """Train to the last step, or to step `until`, and save. The folder is locked meanwhile."""
     args = run.args
     if run.step >= args.steps:
         raise ValueError(
@@ -341,16 +350,16 @@ def train_loop(run: Run, until: int, progress: tqdm) -> None:
         losses, t, norm = train_step(run, predict, captions, pictures)
         metrics.add(losses, t)
         progress.update()
-        last = run.step == until
-        saves = run.step % args.save_every == 0 or last
+        finished = run.step == until
+        saves = run.step % args.save_every == 0 or finished
         if run.step % LOG_EVERY == 0 or saves:
             progress.set_postfix_str(metrics.write(norm))
         if saves:
             checkpoint.save_run(run)
-        if run.step % args.sample_every == 0 or last:
+        if run.step % args.sample_every == 0 or finished:
             with metrics.paused():
                 grid = draw_samples(run)
-        if last:
+        if finished:
             break
     progress.close()  # what is printed now stands below it
     skipped = getattr(run.source, "skipped", None)
@@ -398,14 +407,15 @@ NOT_FOR_MIRROR = ("size", "width", "heads", "depth", "layers")  # it has the LLM
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> argparse.Namespace:
-    """The command line. Defaults are those of the data and the bridge, or the stored ones."""
+    """The command line, parsed twice: --data, --bridge and --resume of the first pass decide what
+    the defaults of the second are (RECIPES, or the stored settings)."""
     parser = make_parser()
     plain = parser.parse_args(argv)
-    data = data_form(plain.data)[0]
+    source = data_form(plain.data)[0]
     bridge = colon_form(plain.bridge, flag="--bridge")[0]
     if not plain.resume:  # then the stored ones count
         check_belongings(parser, plain, bridge)
-    parser.set_defaults(**RECIPES.get(data, {}) | RECIPES.get(bridge, {}))
+    parser.set_defaults(**RECIPES.get(source, {}) | RECIPES.get(bridge, {}))
     parser.set_defaults(**(stored or {}))
     args = parser.parse_args(argv)
     if not args.out:

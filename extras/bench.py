@@ -160,7 +160,7 @@ def fresh_context(llm: FrozenLLM, captions: list[str]) -> Context:
     ids = [torch.tensor(llm.read(caption).ids, dtype=torch.long) for caption in distinct]
     lengths = torch.tensor([len(row) for row in ids], device=llm.device)
     with torch.no_grad():
-        cache = llm.read_rows(pad_sequence(ids, batch_first=True).to(llm.device), lengths)
+        cache = llm.run_kept(pad_sequence(ids, batch_first=True).to(llm.device), lengths)
         return llm.unpack(llm.pack(cache, lengths)[rows], lengths[rows])
 
 

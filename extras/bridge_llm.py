@@ -21,7 +21,16 @@ from transformers import (
 )
 
 from extras.thinking import check_heard, check_room
-from llm import CacheUpTo, Context, FrozenLLM, Reading, TextLayer, concat_padded, with_cache
+from llm import (
+    NO_LIMIT,
+    CacheUpTo,
+    Context,
+    FrozenLLM,
+    Reading,
+    TextLayer,
+    concat_padded,
+    with_cache,
+)
 from loading import decoder_class
 
 
@@ -153,11 +162,11 @@ class BridgeLLM(FrozenLLM):
 
     # -- tokens to keys, values and hidden states
 
-    def run(self, ids: Tensor, last: int = 10**9, **inputs) -> DynamicCache:
+    def run(self, ids: Tensor, up_to: int = NO_LIMIT, **inputs) -> DynamicCache:
         """As FrozenLLM.run; the whole LLM where hidden states are asked for."""
         if self.states:
             return self.run_whole(ids, **inputs)
-        return super().run(ids, last, **inputs)
+        return super().run(ids, up_to, **inputs)
 
     @torch.no_grad()
     def run_whole(self, ids: Tensor, **inputs) -> DynamicCache:
@@ -170,10 +179,10 @@ class BridgeLLM(FrozenLLM):
         cache.hidden_states = out.get("hidden_states") or ()
         return cache
 
-    def read_rows(self, ids: Tensor, lengths: Tensor) -> DynamicCache:
+    def run_kept(self, ids: Tensor, lengths: Tensor) -> DynamicCache:
         if self.states:
             return self.run_whole(ids)
-        return super().read_rows(ids, lengths)
+        return super().run_kept(ids, lengths)
 
     def pack(self, cache: DynamicCache, lengths: Tensor) -> Tensor:
         """As FrozenLLM.pack, and after the layers the hidden states: (B, T, W)."""
@@ -214,7 +223,7 @@ class FrozenEncoder(BridgeLLM):
         out = self.model(input_ids=ids, attention_mask=attention_mask, output_hidden_states=True)
         return SimpleNamespace(hidden_states=out.hidden_states)
 
-    def read_rows(self, ids: Tensor, lengths: Tensor) -> SimpleNamespace:
+    def run_kept(self, ids: Tensor, lengths: Tensor) -> SimpleNamespace:
         place = torch.arange(ids.shape[1], device=ids.device)
         valid = place < lengths[:, None].clamp_min(1)  # (B, T); one at least, for softmax
         return self.run_whole(ids, valid.long())

@@ -101,7 +101,7 @@ class MirrorTower(ImageExpert):
         time = self.embed_time(timestep_embedding(1000 * t, 256))  # (B, D)
         img = self.embed(patchify(x_t, self.patch)) + time[:, None]  # (B, N, D)
         img = img + sincos_2d(rows, columns, self.width, x_t.device).to(img.dtype)
-        return self.to_velocity(self.head(self.decode(img, context)), x_t, t)
+        return self.unpatchify_velocity(self.head(self.decode(img, context)), x_t, t)
 
     def decode(self, img: Tensor, context: Context) -> Tensor:
         """Image tokens (B, N, D) through the decoder, looking at the caption and at each other ->

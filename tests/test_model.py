@@ -220,7 +220,7 @@ def test_depth_is_spread_over_the_llm(tiny_llm):
     for wrong in ("3", "2,1", "top", "1,,2", "-1", "0,1,2", "1-3", "2-1", "1.0"):
         with pytest.raises(
             ValueError,
-            match=f"--layers {wrong}: expected all, lower, middle, upper, or at most 2 rising numbers",
+            match=f"--layers {wrong}: expected all, lower, middle, upper, or at most 2 rising",
         ):
             select_layers(llm, 2, wrong)
 
