@@ -53,7 +53,6 @@ from loading import load_llm
 from model import ExpertBlock, ImageExpert
 from sample import draw, to_tensor
 
-WARMUP_STEPS = 200  # the learning rate rises over so many steps, then falls linearly to zero
 EMA_DECAY = 0.999  # of the weights' moving average, which is what is saved to draw with
 TIME_MEAN = -0.4  # of the logit-normal time: below zero it leans to the noise
 TIME_STD = 1.0
@@ -463,6 +462,7 @@ def make_parser() -> OneLineParser:
     add("--batch-size", type=positive(int), default=64, help="pictures a step")
     add("--draws", type=positive(int), default=4, help="of these, pictures of each caption")
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate")
+    add("--warmup", type=positive(int), default=200, help="steps in which it rises")
     add("--weight-decay", type=between(0, 1000), default=0.01, help="of all weights")
     add("--caption-dropout", type=share, default=0.1, help="share trained on the empty prompt")
 
@@ -492,7 +492,7 @@ def make_parser() -> OneLineParser:
     add("--sample-every", type=positive(int), default=1000, help="steps between grids of samples")
     add("--save-every", type=positive(int), default=500, help="steps between checkpoints")
     # no flags, and yet a run keeps them: it goes on with what it began with
-    parser.set_defaults(warmup=WARMUP_STEPS, ema=EMA_DECAY, time_mean=TIME_MEAN)
+    parser.set_defaults(ema=EMA_DECAY, time_mean=TIME_MEAN)
     return parser
 
 

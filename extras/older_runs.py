@@ -4,7 +4,7 @@
 def in_new_words(stored: dict) -> dict:
     """train.py's settings before options were written with what they belong to -> as they are now.
 
-    What has no flag any more (warmup, ema, time_mean) stays as the run had it.
+    What has no flag any more (ema, time_mean) stays as the run had it.
     """
     new = dict(stored)
     data = [new["data"]]

@@ -24,7 +24,6 @@ RENAMED = {  # flag -> "... is now" this
     "--expose": "--read after",
     "--chat": "--read chat",
     # training
-    "--warmup": f"WARMUP_STEPS, {CONSTANT}",
     "--ema": f"EMA_DECAY, {CONSTANT}",
     "--time-mean": f"TIME_MEAN, {CONSTANT}",
     "--context-cache-mb": "cache_mb of FrozenLLM, in llm.py",

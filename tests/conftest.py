@@ -15,7 +15,6 @@ if not torch.cuda.is_available():  # the Triton kernels run in its interpreter, 
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-import train
 from llm import FrozenLLM, select_layers
 from loading import load_llm
 from model import ImageExpert
@@ -159,16 +158,8 @@ def random_expert(llm: FrozenLLM, depth: int = 2, part: str = "all", **options) 
     return expert
 
 
-TINY_RUN = (
-    "--device cpu --dtype float32 --batch-size 8 --width 32 --depth 2 --image-size 16 --patch 4"
-)
-TINY_RUN = TINY_RUN.split()
-
-
-@pytest.fixture(autouse=True)
-def short_warmup(monkeypatch):
-    """Runs of a few steps reach their full learning rate."""
-    monkeypatch.setattr(train, "WARMUP_STEPS", 2)
+SIZES = "--batch-size 8 --width 32 --depth 2 --image-size 16 --patch 4"
+TINY_RUN = f"--device cpu --dtype float32 --warmup 2 {SIZES}".split()
 
 
 @pytest.fixture

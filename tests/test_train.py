@@ -122,10 +122,9 @@ def command(*words, cwd=ROOT, **options) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path, monkeypatch):
+def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path):
     """The real thing: kill -9 of a running train.py, then --resume in another process, against a
     run left alone."""
-    monkeypatch.undo()  # the usual warm-up, as the other process has it
     flags = [*tiny_run, "--steps", "150", "--save-every", "5", "--sample-every", "1000"]
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *flags],
