@@ -149,7 +149,18 @@ def _close_stdout() -> None:
 # flags
 
 
+class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """The help, and the default where there is one."""
+        if action.default in (None, False, []):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class OneLineParser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(formatter_class=ShowDefaults, **options)
+
     def parse_known_args(self, args=None, namespace=None):
         """An empty value (of an unset variable, --out "$RUN") is refused where it is no text for an
         LLM; and ~/ is the home folder also where the shell leaves it, as in --out=~/run."""

@@ -341,7 +341,6 @@ def fill_in(args: argparse.Namespace) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
         description="Score a run's pictures.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_run_flags(parser)
     add_score_flags(parser)

@@ -156,7 +156,6 @@ def file_words(prompt: str) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         description="Draw pictures of prompts.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("what is drawn").add_argument
     add("--prompt", action="append", type=words, default=[], help="may be given many times")

@@ -448,7 +448,6 @@ def default_out(args: argparse.Namespace, parser: OneLineParser, bridge: str) ->
 def make_parser() -> OneLineParser:
     parser = OneLineParser(
         description="Train an image expert on a frozen LLM.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("what is learned").add_argument
     add("--data", default="shapes", help="shapes, shapes:one-object, emoji, or a folder")

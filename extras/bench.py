@@ -304,7 +304,6 @@ def parse_args() -> argparse.Namespace:
     """The bench's own flags; for_training: the others, which are train.py's."""
     parser = OneLineParser(
         description="Time what this project does.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("sections", nargs="*", help=f"some of {', '.join(SECTIONS)} (default: all)")

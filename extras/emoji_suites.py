@@ -298,7 +298,6 @@ def place_scores(scores: Tensor, captions: list[tuple[str, str]], among: list[st
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
         description="Score the pictures of a run on emoji.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--probe", action="store_true", help="also probe what the layers know")
     evaluate.add_run_flags(parser)

@@ -293,7 +293,6 @@ def hex_captions(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(
         description="Probe what the LLM's layers know.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     only = "only probe this LLM, and its control, for hex codes: no run"
     parser.add_argument("--llm", help=only)

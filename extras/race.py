@@ -246,7 +246,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command line, and what of it is meant for train.py."""
     parser = OneLineParser(
         description="Train and compare bridges; all other flags are train.py's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("racers", type=racer_list, help="with commas, before all flags: mot,lap:stride=1")

@@ -102,9 +102,9 @@ def attention_ways(
     name -> why not. What all layers share (masks, lengths) is made here, outside the timing."""
     ways = {}
     left_out = {}
-    for name, prepare in RIVALS.items():
+    for name, make in RIVALS.items():
         try:
-            call = prepare(q, k, v, txt_k, txt_v, lengths)
+            call = make(q, k, v, txt_k, txt_v, lengths)
             torch.autograd.grad(call().sum(), [q, k, v])
             ways[name] = call
         except Exception as error:  # an operator that is not for this device, a missing compiler
@@ -210,8 +210,8 @@ def kernel(q, k, v, txt_k, txt_v, lengths):
 def merged(q, k, v, txt_k, txt_v, lengths):
     B, H, N, D = q.shape
     G, T = txt_k.shape[1:3]
-    hidden = torch.arange(T, device=q.device) >= lengths[:, None]  # (B, T)
-    bias = torch.zeros(B, T, device=q.device, dtype=q.dtype).masked_fill(hidden, float("-inf"))
+    padding = torch.arange(T, device=q.device) >= lengths[:, None]  # (B, T)
+    bias = torch.zeros(B, T, device=q.device, dtype=q.dtype).masked_fill(padding, float("-inf"))
     bias = bias[:, None, None].expand(B, G, H // G * N, T)
     if q.is_cuda:
         bias = bias.contiguous()
