@@ -19,21 +19,6 @@ import torch
 from torch import Tensor
 
 
-def sample_time(n: int, mean: float, std: float, generator: torch.Generator) -> Tensor:
-    """(n,) times from a logit-normal, sigmoid(mean + std z): most of them in the middle, where the
-    work is (Esser et al. 2024, Stable Diffusion 3, section 3.1).
-
-    A negative mean leans to the noisy side, where the layout of a picture is decided. [0, 1] is cut
-    into n equal parts and one quantile drawn in each, in random order: each t has the same
-    distribution, and every batch covers it evenly.
-    """
-    order = torch.randperm(n, generator=generator)
-    within = torch.rand(n, generator=generator)
-    quantiles = ((order + within) / n).clamp(1e-4, 1 - 1e-4)
-    z = torch.special.ndtri(quantiles)  # the inverse of the normal's distribution function
-    return torch.sigmoid(mean + std * z)
-
-
 def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t on the straight path from noise (t = 0) to data (t = 1). t (B,)."""
     t = t.view(-1, 1, 1, 1)
@@ -60,6 +45,21 @@ def to_velocity(clean: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """
     remaining = (1 - t).clamp_min(SMALLEST_REMAINING).view(-1, 1, 1, 1)
     return (clean - x_t) / remaining
+
+
+def sample_time(n: int, mean: float, std: float, generator: torch.Generator) -> Tensor:
+    """(n,) times from a logit-normal, sigmoid(mean + std z): most of them in the middle, where the
+    work is (Esser et al. 2024, Stable Diffusion 3, section 3.1).
+
+    A negative mean leans to the noisy side, where the layout of a picture is decided. [0, 1] is cut
+    into n equal parts and one quantile drawn in each, in random order: each t has the same
+    distribution, and every batch covers it evenly.
+    """
+    order = torch.randperm(n, generator=generator)
+    within = torch.rand(n, generator=generator)
+    quantiles = ((order + within) / n).clamp(1e-4, 1 - 1e-4)
+    z = torch.special.ndtri(quantiles)  # the inverse of the normal's distribution function
+    return torch.sigmoid(mean + std * z)
 
 
 def guide(v_cond: Tensor, v_uncond: Tensor, scale: float, renorm: bool) -> Tensor:
