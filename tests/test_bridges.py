@@ -215,6 +215,7 @@ def test_a_bridge_hears_its_caption_and_no_other(name, kind, tiny_llm):
         assert (twice - together[rows]).abs().max() < 1e-4, "a caption that comes twice"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_what_trains_and_what_is_frozen(name, llm_folder, tmp_path):
     """Through the command: every parameter of the bridge gets a gradient, the LLM's bytes stay, the
@@ -407,6 +408,7 @@ def test_nonsense_about_the_mirror_is_refused(llm_folder, tmp_path):
         train.prepare(*train.settings(flags))
 
 
+@pytest.mark.slow
 def test_families():
     """Of all families that draw, most can be mirrored; the others are refused in one line.
     MirrorTower.check asks gradients."""

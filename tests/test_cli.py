@@ -128,6 +128,7 @@ def test_control_c_while_working(capsys):
     assert status == 130 and told.endswith(": stopped\n") and len(told.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_control_c_while_torch_is_imported(tmp_path):
     """The real process, stopped at a moment that Python itself tells: as it is importing torch's
     parts."""

@@ -22,6 +22,7 @@ def source():
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 def test_emoji_command(source, tiny_run, tmp_path, capsys):
     """A tiny run on emoji, its scores and its probe."""
     train.main([*tiny_run, "--data", "emoji", "--patch", "8", "--steps", "2"])

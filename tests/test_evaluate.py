@@ -84,6 +84,7 @@ def test_no_prompt_is_a_training_caption():
     assert len(new) >= 50 and not new & words, "these colour words are never trained on"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUITES)
 def test_the_true_picture_is_right_and_another_is_wrong(name):
     """Every scene, drawn by data.py as it is asked for; then another's picture in its place."""

@@ -15,6 +15,8 @@ from flow import euler_sample, flow_loss
 from inspection import fingerprint
 from llm import FrozenLLM
 
+pytestmark = pytest.mark.slow
+
 # (names of a size in the families' configurations, its tiny value); the first that matches counts
 SIZES = [
     (r"(num_|n_)?((en|de)coder_)?(hidden_)?layers?", 8),

@@ -126,6 +126,7 @@ for command, flags in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_the_core_trains_and_draws_without_extras(llm_folder, tmp_path):
     """Its files alone, in a folder of their own."""
     for module in CORE:

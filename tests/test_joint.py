@@ -127,6 +127,7 @@ def test_fused_equals_definition_with_gradients(shape):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_equals_eager(tiny_llm):
     """--compile changes the speed and not the picture, nor the gradient, at a second length of text
@@ -173,6 +174,7 @@ def test_rms_norm_gradient():
     assert largest(RMSNorm.apply(x), expected) < 1e-12
 
 
+@pytest.mark.slow
 def test_the_real_llm():
     """gemma-3-270m from its package: cached = joint in float32, and it knows a fact."""
     llm = load_llm("gemma-3-270m", CPU, torch.float32)

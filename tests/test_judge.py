@@ -97,6 +97,7 @@ def changed(scene: Scene, change: str, rng: np.random.Generator) -> tuple[list[T
     return things, reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, size, scenes, at_least",
     [
@@ -125,6 +126,7 @@ def test_true_scenes_are_accepted(name, size, scenes, at_least):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, size, scenes",
     [("clean", 32, 2000), ("as a network draws", 32, 1000), ("clean", 64, 300)],
@@ -153,6 +155,7 @@ def test_scenes_with_one_thing_wrong_are_refused_and_the_reason_is_right(name, s
     assert right >= 0.98 * scenes, f"{figures}; e.g. {failures[:2]}"
 
 
+@pytest.mark.slow
 def test_pictures_of_nothing_are_never_accepted():
     rng = np.random.default_rng(3)
     singles = [

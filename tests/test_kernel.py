@@ -21,6 +21,8 @@ pytest.importorskip("triton", reason="pip install -r requirements-dev.txt")
 from extras import fused, trust
 from extras.fused import fused_attention, fused_attention_backward
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # On a GPU float32 is SDPA's, and the interpreter does not know bfloat16.
 BOUNDS = {torch.float16: 5e-3}

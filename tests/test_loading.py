@@ -43,6 +43,7 @@ def hostile(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "family, turning, pairs",

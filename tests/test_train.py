@@ -122,6 +122,7 @@ def command(*words, cwd=ROOT, **options) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path):
     """The real thing: kill -9 of a running train.py, then --resume in another process, against a
     run left alone."""
@@ -156,6 +157,7 @@ def _save_for_ever(run):
         checkpoint.save_run(run)
 
 
+@pytest.mark.slow
 def test_kill_while_saving(tiny_run, tmp_path):
     """Killed with -9 at twenty random moments of a process that does nothing but save: what is left
     always loads."""
@@ -212,6 +214,7 @@ def test_one_batch_is_overfitted(tiny_run):
     assert last < 0.1 * first, f"from {first:.3f} to {last:.3f}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "read, shown",
     [
@@ -328,6 +331,7 @@ def test_the_command_line_fails_in_one_line_with_status_2(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_hub_id_without_a_hub_fails_at_once(tmp_path):
     """A real look for the Hub, with nothing at the other end: one clear line, without a long
     wait."""
@@ -381,6 +385,7 @@ def test_sample_command(tiny_run, tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "out" / "grid.png").width > 256
 
 
+@pytest.mark.slow
 def test_loss_is_lower_where_the_caption_is_right(tiny_run):
     """After some training the caption matters: the loss with the right one is below that with
     another's."""
