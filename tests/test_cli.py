@@ -123,13 +123,21 @@ def test_a_developer_gets_the_traceback(capsys, monkeypatch):
     assert status == 2 and "Traceback" in told and "test_cli.py" in told
 
 
-def test_control_c_while_working(capsys):
+@pytest.fixture
+def from_a_terminal():
+    """Ctrl-C counts, also where these tests run in the background, in which shells ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_control_c_while_working(capsys, from_a_terminal):
     status, told = ending(capsys, lambda: signal.raise_signal(signal.SIGINT))
     assert status == 130 and told.endswith(": stopped\n") and len(told.splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_control_c_while_torch_is_imported(tmp_path):
+def test_control_c_while_torch_is_imported(tmp_path, from_a_terminal):
     """The real process, stopped at a moment that Python itself tells: as it is importing torch's
     parts."""
     words = [sys.executable, "-X", "importtime", str(ROOT / "train.py")]
