@@ -90,6 +90,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, BrokenPipeError):
         return "stopped: nobody reads the output any more"
     if isinstance(error, ModuleNotFoundError):
+        if (error.name or "").partition(".")[0] == "extras":
+            return f"{error}: what was asked for needs the repository's folder extras/"
         return f"{error}: pip install -r requirements.txt"
     text = flat(str(error))
     kind = type(error).__name__

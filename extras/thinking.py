@@ -289,7 +289,9 @@ def check_room(llm: FrozenLLM, reader, room: int) -> None:
 
 def reader_from(llm: FrozenLLM, made_for: dict):
     """The reader that a checkpoint was trained with; None if it was the bare caption."""
-    template = made_for.get("template") or "{}"
+    template = made_for.get("template")
+    if template is None:  # an empty one is refused
+        template = "{}"
     expose = made_for.get("expose") or "all"
     reader = None
     if template != "{}" or expose != "all":
@@ -304,7 +306,7 @@ def reader_from_flags(llm: FrozenLLM, template: str, read: str | None) -> tuple:
     name = None
     options = {}
     if read:
-        name, options = colon_form(read, READ, "--read")
+        name, options = read_form(read, READ)
     if name == "chat" or "chat" in options:
         template = chat(llm, template)
     expose = "all"
@@ -318,6 +320,19 @@ def reader_from_flags(llm: FrozenLLM, template: str, read: str | None) -> tuple:
     return reader, stored
 
 
+def read_form(read: str, known: dict[str, tuple]) -> tuple[str, dict]:
+    """What --read says and its options. ValueError for a switch with a value (chat=no), or an
+    option without one."""
+    name, options = colon_form(read, known, "--read")
+    for option, value in options.items():
+        switch = option in (*AROUND, "reencode")
+        if switch and value is not True:
+            raise ValueError(f"--read {read}: expected {option} without a value")
+        if not switch and value is True:
+            raise ValueError(f"--read {read}: expected a value, as in {option}=VALUE")
+    return name, options
+
+
 def with_reading(llm: FrozenLLM, read: str):
     """The reader that sample.py's --read asks for, around the one that the checkpoint brings."""
     if read.partition(":")[0] == "image":
@@ -328,7 +343,7 @@ def with_reading(llm: FrozenLLM, read: str):
 
         return Looking(llm, open_picture(path), llm.reader)
     writing = {"think": ("", "tokens", "frame"), "rewrite": ("", "tokens", "frame", "reencode")}
-    name, options = colon_form(read, writing | {"image": ("",)}, "--read")
+    name, options = read_form(read, writing | {"image": ("",)})
     inside = llm.reader
     if isinstance(inside, Thinking):
         inside = inside.inside

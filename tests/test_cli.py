@@ -107,6 +107,10 @@ LIBRARIES = [  # what their errors are, and what must be said
         lambda: fail_with(ModuleNotFoundError("No module named 'gguf'")),
         "'gguf': pip install -r requirements.txt",
     ),
+    (
+        lambda: fail_with(ModuleNotFoundError("No module named 'extras'", name="extras")),
+        "'extras': what was asked for needs the repository's folder extras/",
+    ),
 ]
 
 

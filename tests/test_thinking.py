@@ -145,6 +145,8 @@ WRONG = [
     ("think:0", "--read think: 0: expected a whole number"),
     ("think:four", "--read think: four: expected a whole number"),
     ("think:4:tokens=5", "expected the number of tokens once, not twice"),
+    ("think:frame", "--read think:frame: expected a value, as in frame=VALUE"),
+    ("rewrite:reencode=no", "expected reencode without a value"),
     ("think:reencode", "--read think: reencode: expected a whole number"),
 ]
 
@@ -188,13 +190,15 @@ def test_flags_of_train(tiny_llm, tmp_path):
     assert reader_from_flags(llm, "{}", "chat")[1]["template"] == said
     stored = reader_from_flags(llm, "{}", f"rewrite:reencode:chat:frame={frame}")[1]
     assert stored["template"] == said and stored["thinking"][1:] == [48, "reencode"]
-    for template in ("no place", "{} {}"):
+    for template in ("no place", "{} {}", ""):
         with pytest.raises(ValueError, match="expected a text with one {}"):
             reader_from_flags(llm, template, None)
     with pytest.raises(ValueError, match="--read after: the template '{}' has no text after"):
         reader_from_flags(llm, "{}", "after")
     with pytest.raises(ValueError, match="after has no option 'chat'"):
         reader_from_flags(llm, "{}", "after:chat")
+    with pytest.raises(ValueError, match="expected after without a value"):
+        reader_from_flags(llm, "{}", "chat:after=no")
 
 
 def test_a_template_and_what_is_read_of_it(tiny_llm):
