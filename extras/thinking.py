@@ -289,9 +289,7 @@ def check_room(llm: FrozenLLM, reader, room: int) -> None:
 
 def reader_from(llm: FrozenLLM, made_for: dict):
     """The reader that a checkpoint was trained with; None if it was the bare caption."""
-    template = made_for.get("template")
-    if template is None:  # an empty one is refused
-        template = "{}"
+    template = "{}" if made_for.get("template") is None else made_for["template"]
     expose = made_for.get("expose") or "all"
     reader = None
     if template != "{}" or expose != "all":
@@ -306,7 +304,7 @@ def reader_from_flags(llm: FrozenLLM, template: str, read: str | None) -> tuple:
     name = None
     options = {}
     if read:
-        name, options = read_form(read, READ)
+        name, options = colon_form(read, READ, "--read")
     if name == "chat" or "chat" in options:
         template = chat(llm, template)
     expose = "all"
@@ -320,19 +318,6 @@ def reader_from_flags(llm: FrozenLLM, template: str, read: str | None) -> tuple:
     return reader, stored
 
 
-def read_form(read: str, known: dict[str, tuple]) -> tuple[str, dict]:
-    """What --read says and its options. ValueError for a switch with a value (chat=no), or an
-    option without one."""
-    name, options = colon_form(read, known, "--read")
-    for option, value in options.items():
-        switch = option in (*AROUND, "reencode")
-        if switch and value is not True:
-            raise ValueError(f"--read {read}: expected {option} without a value")
-        if not switch and value is True:
-            raise ValueError(f"--read {read}: expected a value, as in {option}=VALUE")
-    return name, options
-
-
 def with_reading(llm: FrozenLLM, read: str):
     """The reader that sample.py's --read asks for, around the one that the checkpoint brings."""
     if read.partition(":")[0] == "image":
@@ -343,7 +328,7 @@ def with_reading(llm: FrozenLLM, read: str):
 
         return Looking(llm, open_picture(path), llm.reader)
     writing = {"think": ("", "tokens", "frame"), "rewrite": ("", "tokens", "frame", "reencode")}
-    name, options = read_form(read, writing | {"image": ("",)})
+    name, options = colon_form(read, writing | {"image": ("",)}, "--read")
     inside = llm.reader
     if isinstance(inside, Thinking):
         inside = inside.inside
@@ -352,6 +337,9 @@ def with_reading(llm: FrozenLLM, read: str):
 
 def thinking_of(llm: FrozenLLM, name: str, options: dict) -> list:
     """The arguments of Thinking that --read think or rewrite says: frame, tokens, show."""
+    for option, value in options.items():
+        if (value is True) != (option in (*AROUND, "reencode")):
+            raise ValueError(f"--read {name}:{option}: tokens and frame need a value, others none")
     if "" in options and "tokens" in options:
         raise ValueError(f"--read {name}: expected the number of tokens once, not twice")
     number = options.get("", options.get("tokens", TOKENS))
