@@ -161,7 +161,8 @@ class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
 
 class OneLineParser(argparse.ArgumentParser):
     def __init__(self, **options):
-        super().__init__(formatter_class=ShowDefaults, **options)
+        # no abbreviations: --image, which is no flag here, is not meant as --image-size
+        super().__init__(formatter_class=ShowDefaults, allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         """An empty value (of an unset variable, --out "$RUN") is refused where it is no text for an
@@ -242,23 +243,29 @@ def colon_form(text: str, known: dict[str, tuple] | None = None, flag: str = "")
     """A choice and its options: "lap:stride=1:per-layer".
 
     -> "lap", {"stride": "1", "per_layer": True}: values are strings, True where there is none;
-    names have underscores, as argparse makes them. known: choice -> its options, as
-    they are typed; None for any. Where "" is among them, a part that is no option is a value:
-    "think:40" -> "think", {"": "40"}. ValueError, which names the `flag`, for what is not known.
+    names have underscores, as argparse makes them. known: choice -> its options, as they are typed,
+    with a "=" at the end of those that take a value; None for any. Where "" is among them, a part
+    that is no option is a value: "think:40" -> "think", {"": "40"}. ValueError, which names the
+    `flag`, for what is not known.
     """
     said = f"{flag} {text}".strip()
     name, *parts = re.split(r":(?![\\/])", text)  # not at the colon of C:\pictures
     if known is not None and name not in known:
         raise ValueError(f"{said}: expected one of {', '.join(known)}")
+    own = () if known is None else known[name]
+    takes_value = {option.removesuffix("="): option.endswith("=") for option in own}
     options = {}
     for part in parts:
         option, equals, value = part.partition("=")
-        if known is not None and (option == "" or option not in known[name]):
-            if equals or "" not in known[name]:
-                owns = ", ".join(filter(None, known[name])) or "none"
+        if known is not None and (option == "" or option not in takes_value):
+            if equals or "" not in own or "" in options:
+                owns = ", ".join(filter(None, own)) or "none"
                 raise ValueError(f"{said}: {name} has no option {option!r}; it has {owns}")
             value = option
             option = ""
+        elif known is not None and takes_value[option] != bool(equals):
+            expected = f"{option}=VALUE" if takes_value[option] else f"{option} without a value"
+            raise ValueError(f"{said}: expected {expected}")
         elif not equals:
             value = True
         if value == "":
@@ -266,7 +273,7 @@ def colon_form(text: str, known: dict[str, tuple] | None = None, flag: str = "")
             raise ValueError(f"{said}: expected a value, as in {example}")
         key = option.replace("-", "_")
         if key in options:
-            raise ValueError(f"{said}: expected {option or 'a value'} once, not twice")
+            raise ValueError(f"{said}: expected {option} once, not twice")
         options[key] = value
     return name, options
 
@@ -283,7 +290,7 @@ def guidance_form(text: str) -> tuple[float, tuple[float, float], bool]:
     number = text.partition(":")[0]
     scale = between(-1000, 1000)(number)
     try:
-        _, options = colon_form(text, {number: ("from", "to", "renorm")})
+        _, options = colon_form(text, {number: ("from=", "to=", "renorm")})
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     time = between(0, 1)
@@ -291,8 +298,6 @@ def guidance_form(text: str) -> tuple[float, tuple[float, float], bool]:
     end = time(str(options.get("to", 1)))
     if start > end:
         raise argparse.ArgumentTypeError(f"{text}: expected from= to be at most to=")
-    if options.get("renorm", True) is not True:
-        raise argparse.ArgumentTypeError(f"{text}: expected renorm without a value")
     return scale, (start, end), "renorm" in options
 
 

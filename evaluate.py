@@ -328,6 +328,10 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
 
 def fill_in(args: argparse.Namespace) -> argparse.Namespace:
     """The newest run and its folder, where they are not named; rows as a list."""
+    if args.read:
+        from extras.thinking import drawing_form
+
+        drawing_form(args.read)  # refused before anything is loaded
     args.ckpt = args.ckpt or str(newest_run())
     args.rows = args.rows.split(",") if args.rows else None
     if args.out is None:

@@ -208,6 +208,11 @@ def main(argv: list[str] | None = None) -> None:
             f"--out {out} is a file, for one picture; expected a folder for {len(prompts) * n}"
         )
 
+    if args.read:
+        from extras.thinking import drawing_form
+
+        drawing_form(args.read)
+
     # the pictures
     expert, llm = open_towers(args, out.parent if into_file else out)
     seeds = [args.seed + k for k in range(n)]

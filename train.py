@@ -414,6 +414,7 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     bridge = colon_form(plain.bridge, flag="--bridge")[0]
     if not plain.resume:  # then the stored ones count
         check_belongings(parser, plain, bridge)
+    check_forms(plain)
     parser.set_defaults(**RECIPES.get(source, {}) | RECIPES.get(bridge, {}))
     parser.set_defaults(**(stored or {}))
     args = parser.parse_args(argv)
@@ -431,6 +432,18 @@ def check_belongings(parser: OneLineParser, args: argparse.Namespace, bridge: st
         if getattr(args, name) != parser.get_default(name):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} is not for --bridge {bridge}: leave it out")
+
+
+def check_forms(args: argparse.Namespace) -> None:
+    """ValueError for what is wrong in --bridge and --read, before anything is loaded."""
+    if args.bridge != "mot":
+        from extras.bridges import OPTIONS
+
+        colon_form(args.bridge, OPTIONS, "--bridge")
+    if args.read:
+        from extras.thinking import READ
+
+        colon_form(args.read, READ, "--read")
 
 
 def default_out(args: argparse.Namespace, parser: OneLineParser, bridge: str) -> str:

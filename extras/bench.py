@@ -9,6 +9,8 @@ A ratio holds within one run only. The LLM's weights do not matter for speed: --
 """
 
 if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
+    if not __package__:
+        raise SystemExit("run it from the repository: python -m extras.bench")
     import cli
 
     cli.start()

@@ -56,12 +56,12 @@ BRIDGES = {  # name -> tower
 OPTIONS = {  # name -> its own options, as in lap:stride=1
     "mot": (),
     "dense": (),
-    "last": ("state",),
+    "last": ("state=",),
     "kv": (),
     "hsi": (),
-    "lap": ("stride", "no-refiner", "per-layer"),
-    "metaqueries": ("queries",),
-    "mirror": ("init", "checkpointing"),
+    "lap": ("stride=", "no-refiner", "per-layer"),
+    "metaqueries": ("queries=",),
+    "mirror": ("init=", "checkpointing"),
 }
 ON_HIDDEN_STATES = ("last", "hsi", "lap")  # which can do with an encoder
 

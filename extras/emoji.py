@@ -8,6 +8,8 @@ Names come from the package emoji (CLDR's), pictures from a colour font.
 """
 
 if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
+    if not __package__:
+        raise SystemExit("run it from the repository: python -m extras.emoji")
     import cli
 
     cli.start()

@@ -8,6 +8,8 @@ captions and tested on the suites' prompts, beside the same measure of the pictu
 """
 
 if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
+    if not __package__:
+        raise SystemExit("run it from the repository: python -m extras.probe")
     import cli
 
     cli.start()

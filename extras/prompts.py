@@ -92,7 +92,7 @@ def split_layout(text: str) -> tuple[Path, str | None]:
     head, colon, layout = text.rpartition(":")
     if path.exists() or not colon:  # a file's name may have a colon
         return path, None
-    if layout in LAYOUTS:
+    if head and layout in LAYOUTS:
         return Path(head), layout
     if Path(head).exists():
         raise ValueError(f"--prompts {text}: expected one of {', '.join(LAYOUTS)} after the colon")

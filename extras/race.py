@@ -9,6 +9,8 @@ flags that are not listed by --help are train.py's, too. Runs, table.json and ra
 """
 
 if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
+    if not __package__:
+        raise SystemExit("run it from the repository: python -m extras.race")
     import cli
 
     cli.start()
@@ -101,11 +103,12 @@ def flags_of(racer: str) -> list[str]:
     if bridge not in OPTIONS:
         expected = f"one of {', '.join(OPTIONS)}; the racers stand before all flags"
         raise ValueError(f"{racer}: expected {expected}")
+    own = [option.removesuffix("=") for option in OPTIONS[bridge]]
     spec = bridge
     flags = []
     for option in options:
         name, _, value = option.partition("=")
-        if name in OPTIONS[bridge]:
+        if name in own:
             spec += f":{option}"
         else:
             flags.append(f"--{name}")

@@ -25,12 +25,17 @@ from llm import CacheUpTo, FrozenLLM, Reading, with_cache
 FRAMES = Path(__file__).parent.parent / "assets" / "frames"  # what it is asked: to be read, edited
 TOKENS = 48  # that the LLM writes at most, if no number is given
 AROUND = ("after", "chat")  # options of --read that say how the template is put
-WRITING = ("", "tokens", "frame", *AROUND)
-READ = {  # what --read says, and the options of each
+WRITING = ("", "tokens=", "frame=")
+READ = {  # what --read says in train.py, and the options of each
     "after": (),
     "chat": ("after",),
+    "think": (*WRITING, *AROUND),
+    "rewrite": (*WRITING, *AROUND, "reencode"),
+}
+READ_TO_DRAW = {  # and where pictures are drawn
     "think": WRITING,
     "rewrite": (*WRITING, "reencode"),
+    "image": ("",),
 }
 
 
@@ -320,26 +325,29 @@ def reader_from_flags(llm: FrozenLLM, template: str, read: str | None) -> tuple:
 
 def with_reading(llm: FrozenLLM, read: str):
     """The reader that sample.py's --read asks for, around the one that the checkpoint brings."""
-    if read.partition(":")[0] == "image":
-        path = read.partition(":")[2]
-        if not path:
-            raise ValueError("--read image: expected image:FILE, a picture to start from")
+    name, options = drawing_form(read)
+    if name == "image":
         from extras.looking import Looking, open_picture
 
-        return Looking(llm, open_picture(path), llm.reader)
-    writing = {"think": ("", "tokens", "frame"), "rewrite": ("", "tokens", "frame", "reencode")}
-    name, options = colon_form(read, writing | {"image": ("",)}, "--read")
+        return Looking(llm, open_picture(options[""]), llm.reader)
     inside = llm.reader
     if isinstance(inside, Thinking):
         inside = inside.inside
     return Thinking(llm, *thinking_of(llm, name, options), inside)
 
 
+def drawing_form(read: str) -> tuple[str, dict]:
+    """--read of sample.py and evaluate.py -> what the LLM does first, and its options."""
+    name, colon, path = read.partition(":")
+    if name != "image":
+        return colon_form(read, READ_TO_DRAW, "--read")
+    if not path:
+        raise ValueError("--read image: expected image:FILE, a picture to start from")
+    return name, {"": path}  # which may have colons
+
+
 def thinking_of(llm: FrozenLLM, name: str, options: dict) -> list:
     """The arguments of Thinking that --read think or rewrite says: frame, tokens, show."""
-    for option, value in options.items():
-        if (value is True) != (option in (*AROUND, "reencode")):
-            raise ValueError(f"--read {name}:{option}: tokens and frame need a value, others none")
     if "" in options and "tokens" in options:
         raise ValueError(f"--read {name}: expected the number of tokens once, not twice")
     number = options.get("", options.get("tokens", TOKENS))

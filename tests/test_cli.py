@@ -272,7 +272,7 @@ def test_guidance_and_what_belongs_to_it(capsys):
         told = refusal(capsys, sample.main, "--prompt", "x", "--guidance", f"3:{options}")
         assert "--guidance" in told and "expected" in told, told
     told = refusal(capsys, sample.main, "--prompt", "x", "--guidance", "3:until=1")
-    assert "3 has no option 'until'; it has from, to, renorm" in told
+    assert "3 has no option 'until'; it has from=, to=, renorm" in told
 
 
 def test_what_is_drawn_must_be_finite():
@@ -286,7 +286,7 @@ def test_what_is_drawn_must_be_finite():
 # --------------------------------------------------------------------------------------------------
 # choices with what belongs to them, and flags of older versions
 
-KNOWN = {"lap": ("stride", "per-layer"), "think": ("", "frame"), "mot": ()}
+KNOWN = {"lap": ("stride=", "per-layer"), "think": ("", "frame="), "mot": ()}
 FORMS = {
     "mot": ("mot", {}),
     "lap:stride=2:per-layer": ("lap", {"stride": "2", "per_layer": True}),
@@ -303,12 +303,16 @@ def test_the_colon_form(text):
 
 NO_FORMS = {
     "lab:stride=1": "--bridge lab:stride=1: expected one of lap, think, mot",
-    "lap:strid=1": "--bridge lap:strid=1: lap has no option 'strid'; it has stride, per-layer",
+    "lap:strid=1": "--bridge lap:strid=1: lap has no option 'strid'; it has stride=, per-layer",
     "mot:stride=1": "mot has no option 'stride'; it has none",
     "lap:stride=": "expected a value, as in stride=VALUE",
     "lap::per-layer": "lap has no option ''",
     "think:": "expected a value, as in think:VALUE",
-    "think:4:5": "expected a value once, not twice",
+    "think:4:5": "think has no option '5'; it has frame=",
+    "think:4:aloud": "think has no option 'aloud'; it has frame=",
+    "think:frame": "expected frame=VALUE",
+    "lap:stride": "expected stride=VALUE",
+    "lap:per-layer=no": "expected per-layer without a value",
     "lap:stride=1:stride=2": "expected stride once, not twice",
     "": "expected one of",
 }

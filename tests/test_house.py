@@ -43,15 +43,15 @@ LINES = {  # at most; what DESIGN calls the core, then its helpers
     "llm": 430,
     "model": 370,
     "data": 460,
-    "train": 515,
+    "train": 525,
     "sample": 310,
-    "evaluate": 360,
+    "evaluate": 365,
     "checkpoint": 320,
     "inspection": 350,
     "loading": 375,
     "cli": 540,
 }
-EXTRA_LINES = 375
+EXTRA_LINES = 385
 FUNCTION_LINES = 60
 LONGER_FUNCTIONS: set[str] = set()
 CORE = sorted(KNOWS)

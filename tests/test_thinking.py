@@ -145,8 +145,8 @@ WRONG = [
     ("think:0", "--read think: 0: expected a whole number"),
     ("think:four", "--read think: four: expected a whole number"),
     ("think:4:tokens=5", "expected the number of tokens once, not twice"),
-    ("think:frame", "--read think:frame: tokens and frame need a value"),
-    ("rewrite:reencode=no", "--read rewrite:reencode: .* others none"),
+    ("think:frame", "--read think:frame: expected frame=VALUE"),
+    ("rewrite:reencode=no", "expected reencode without a value"),
     ("think:reencode", "--read think: reencode: expected a whole number"),
 ]
 
@@ -197,7 +197,7 @@ def test_flags_of_train(tiny_llm, tmp_path):
         reader_from_flags(llm, "{}", "after")
     with pytest.raises(ValueError, match="after has no option 'chat'"):
         reader_from_flags(llm, "{}", "after:chat")
-    with pytest.raises(ValueError, match="--read think:chat: .* others none"):
+    with pytest.raises(ValueError, match="expected chat without a value"):
         reader_from_flags(llm, "{}", f"think:chat=no:frame={frame}")
 
 
