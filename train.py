@@ -1,6 +1,6 @@
 """Teach an image expert to draw what a frozen LLM reads.
 
-    python train.py                                    # shapes, gemma-3-270m, two CPU cores: 25 min
+    python train.py                                    # shapes, gemma-3-270m: half an hour, 2 cores
     python train.py --llm Qwen/Qwen2.5-0.5B            # any Hugging Face decoder
     python train.py --data FOLDER --image-size 64      # your own captioned pictures
     python train.py --resume --out runs/shapes         # go on where a run stopped, bit for bit
