@@ -338,7 +338,10 @@ def fill_in(args: argparse.Namespace) -> argparse.Namespace:
         args.out = args.ckpt if Path(args.ckpt).is_dir() else "evaluation"
         if args.rows or args.limit or args.half == "choose":
             args.out = Path(args.out) / "partial"
-    args.out = Path(args.out) / (file_words(args.read) if args.read else "")
+    own = file_words(args.read or "")
+    if len(args.read or "") > 60:  # of which file_words has cut the end
+        own += f"-{hashed(args.read)}"
+    args.out = Path(args.out) / own
     return args
 
 

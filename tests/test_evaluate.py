@@ -1,6 +1,7 @@
 """The suites ask for what training never saw; scores are right; the command writes what it says."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -295,3 +296,21 @@ def test_evaluate_refuses_bad_input(two_runs, tmp_path, capsys):
     assert "for shapes" in told and "extras/ has suites for other data" in told
     told = answer("--ckpt", two_runs[0], "--width", "3")
     assert "--width" in told, "a flag of train.py means nothing here"
+
+
+def test_two_long_readings_are_scored_in_two_folders(two_runs):
+    place = "a/" * 40
+    folders = set()
+    for frame in ("one.txt", "two.txt"):
+        args = evaluate.fill_in(
+            Namespace(
+                read=f"think:4:frame={place}{frame}",
+                ckpt=str(two_runs[0]),
+                rows=None,
+                limit=None,
+                half="report",
+                out=None,
+            )
+        )
+        folders.add(args.out)
+    assert len(folders) == 2

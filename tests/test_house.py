@@ -45,7 +45,7 @@ LINES = {  # at most; what DESIGN calls the core, then its helpers
     "data": 460,
     "train": 525,
     "sample": 310,
-    "evaluate": 365,
+    "evaluate": 370,
     "checkpoint": 320,
     "inspection": 350,
     "loading": 375,
