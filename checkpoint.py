@@ -24,7 +24,7 @@ from torch import Tensor
 from cli import write_text, write_whole
 from inspection import check_same_llm
 from loading import ask_hub
-from model import ImageExpert, read_expert, read_safetensors
+from model import ImageExpert, read_config, read_expert, read_safetensors
 
 STATE = "train_state.safetensors"
 TIME_BINS = 5  # of equal width in t
@@ -66,9 +66,8 @@ def save_run(run) -> None:
 def load_run(run, metadata: dict, tensors: dict) -> None:
     """The inverse of save_run, in place. ValueError if the run was made with another LLM, or
     another expert."""
-    stored = json.loads(metadata["config"])
+    stored = read_config(metadata)
     check_same_llm(stored["made_for"], run.expert.made_for)
-    stored["intermediate"] = stored.get("intermediate", stored.get("hidden"))  # its older name
     for key, value in run.expert.config.items():
         # the rest of made_for comes from the run's own flags
         if key != "made_for" and stored.get(key, value) != value:

@@ -446,6 +446,13 @@ GRID_LINES = 6
 GRID_GAP = 8  # pixels between the cells; between the pictures of a cell half of it
 
 
+def save_picture(picture, path: Path) -> None:
+    """picture (height, width, 3) uint8, into a file that is always whole."""
+    from PIL import Image
+
+    write_whole(path, Image.fromarray(picture).save)
+
+
 def captioned_grid(pictures, captions: list[str], columns: int = 4):
     """pictures (prompts, n, height, width, 3) uint8 -> a PIL image.
 

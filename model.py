@@ -340,15 +340,20 @@ def read_expert(path: str | Path, cls: type = ImageExpert) -> ImageExpert:
     """A checkpoint's file -> the expert in it. ValueError if it is something else."""
     metadata, weights = read_safetensors(path)
     try:
-        config = json.loads(metadata["config"])
-        if "hidden" in config:  # the name it had in older checkpoints
-            config["intermediate"] = config.pop("hidden")
-        expert = cls(**config)
+        expert = cls(**read_config(metadata))
         expert.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{path} is not an image expert of this project ({why})") from None
     return expert.eval()
+
+
+def read_config(metadata: dict[str, str]) -> dict:
+    """The arguments that build an expert again, out of its checkpoint."""
+    config = json.loads(metadata["config"])
+    if "hidden" in config:  # the name it had in older checkpoints
+        config["intermediate"] = config.pop("hidden")
+    return config
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:

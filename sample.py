@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from checkpoint import load_expert, newest_run
 from cli import (
@@ -35,6 +34,7 @@ from cli import (
     pick_device,
     pick_dtype,
     positive,
+    save_picture,
     seed_number,
     words,
     write_whole,
@@ -139,10 +139,6 @@ def llm_of(
 
 # -------------------------------------------------------------------------------------------------
 # the command
-
-
-def save_picture(picture: np.ndarray, path: Path) -> None:
-    write_whole(path, Image.fromarray(picture).save)
 
 
 def file_words(prompt: str) -> str:

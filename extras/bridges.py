@@ -25,7 +25,7 @@ from extras.bridge_llm import BridgeLLM, any_class
 from extras.mirror import MirrorTower
 from extras.prepending import Dense, HiddenStates, LayerwisePooling, MetaQueries
 from llm import FrozenLLM, TextLayer, select_layers
-from model import ImageExpert, default_heads, text_gains
+from model import ImageExpert, default_heads
 
 
 class KeyValueFusion(ImageExpert):
@@ -108,9 +108,9 @@ def build(
             f"LLM, or --bridge {' or '.join(ON_HIDDEN_STATES)}"
         )
     depth = depth or min(9, len(llm.layers) or 9)
-    shape = shape_of_mot(llm, width, depth, heads, layers) | shared
     if name == "mot":
-        return ImageExpert(**shape, text_gains=text_gains(llm, shape["text_layers"]))
+        return ImageExpert.beside(llm, width, depth, heads, layers, **shared)
+    shape = shape_of_mot(llm, width, depth, heads, layers) | shared
     with torch.device("meta"):  # to count the parameters, no memory is needed
         wanted = count_parameters(ImageExpert(**shape))
 

@@ -9,9 +9,8 @@ import re
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from cli import write_text, write_whole
+from cli import save_picture, write_text
 from extras.files import files_in, read_lines, read_records, read_text, text_in
 
 EXPECTED = "expected a prompt a line, JSON objects, or a folder of .txt"
@@ -128,14 +127,10 @@ def save_layout(layout: str, out: Path, prompts: list, pictures: np.ndarray) -> 
             samples.mkdir(parents=True, exist_ok=True)
             write_text(samples.parent / "metadata.jsonl", json.dumps(record) + "\n")
             for k, picture in enumerate(row):
-                _save(picture, samples / f"{k:05d}.png")
+                save_picture(picture, samples / f"{k:05d}.png")
         elif layout == "dpg":  # NAME.png: two by two
             upper = np.hstack(row[:2])
             lower = np.hstack(row[2:])
-            _save(np.vstack([upper, lower]), out / f"{name}.png")
+            save_picture(np.vstack([upper, lower]), out / f"{name}.png")
         else:  # ID.png
-            _save(row[0], out / f"{name}.png")
-
-
-def _save(picture: np.ndarray, path: Path) -> None:
-    write_whole(path, Image.fromarray(picture).save)
+            save_picture(row[0], out / f"{name}.png")
