@@ -89,6 +89,7 @@ def euler_sample(
     interval: tuple[float, float] = (0.0, 1.0),
     renorm: bool = False,
     shift: float = 1.0,
+    watch: Callable | None = None,
 ) -> Tensor:
     """Integrate dx/dt = v from noise at t = 0 to a picture at t = 1 with `steps` Euler steps.
 
@@ -96,6 +97,7 @@ def euler_sample(
     for t in interval; both branches go through the network as one batch:
     `context.concat(uncond_context)`. shift > 1 spends more of the steps near the noise: with
     s = 1 - t, s -> shift s / (1 + (shift - 1) s) (Esser et al. 2024, eq. 23).
+    watch(t, x, v) is called at every step, before x moves along v.
     """
     s = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     times = (1 - shift * s / (1 + (shift - 1) * s)).tolist()
@@ -110,5 +112,7 @@ def euler_sample(
         else:
             t = torch.full((len(x),), now, dtype=x.dtype, device=x.device)
             v = predict(x, t, context)
+        if watch is not None:
+            watch(now, x, v)
         x = x + (then - now) * v  # Euler
     return x

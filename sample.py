@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -60,12 +61,14 @@ def draw(
     interval: tuple[float, float] = (0.0, 1.0),
     renorm: bool = False,
     batch_size: int = AT_ONCE,
+    watch: Callable | None = None,
 ) -> np.ndarray:
     """A picture of each prompt, from the noise of its seed -> (prompts, height, width, C) uint8.
 
     A prompt and a seed give the same picture whatever else is drawn beside it: to rounding. In
     float32 that is at most one level of 255; in bfloat16 matrix kernels sum in another order for
     another batch size; up to 7 levels were seen.
+    watch: see euler_sample; it is called for each batch in turn.
     """
     shape = (expert.channels, expert.image_size, expert.image_size)
     pictures = []
@@ -78,7 +81,9 @@ def draw(
         context = llm.context(captions)  # outside of autocast, as in training
         empty = llm.context([""] * len(captions))
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
-            x = euler_sample(expert, noise, context, steps, empty, guidance, interval, renorm)
+            x = euler_sample(
+                expert, noise, context, steps, empty, guidance, interval, renorm, watch=watch
+            )
         pictures.append(to_pixels(x))
     return np.concatenate(pictures)
 
