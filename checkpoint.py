@@ -271,6 +271,8 @@ class Metrics:
             "lr": self.run.optimizers[0].param_groups[0]["lr"],
             "images_per_second": images_per_second,
             "llm_share": llm_share,
+            "images": self.run.step * self.run.args.batch_size,
+            "resumed_at": self.first,  # step; images_per_second is the mean since then
         }
         try:
             with self.path.open("a", encoding="utf-8") as file:
