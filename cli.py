@@ -279,10 +279,15 @@ def colon_form(text: str, known: dict[str, tuple] | None = None, flag: str = "")
 
 
 def data_form(text: str) -> tuple[str, dict]:
-    """--data -> a source's name and its options, or a folder, whose name may have colons."""
+    """--data -> a source's name and its options; of several with commas, their names with commas
+    and the option "parts": name and options of each. A folder's name may have colons and commas."""
     if Path(text).is_dir():
         return text, {}
-    return colon_form(text, flag="--data")
+    if "," not in text:
+        return colon_form(text, flag="--data")
+    parts = [data_form(part) for part in text.split(",")]
+    names = [name for name, _ in parts]
+    return ",".join(names), {"parts": parts}
 
 
 def guidance_form(text: str) -> tuple[float, tuple[float, float], bool]:

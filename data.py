@@ -3,6 +3,7 @@
     shapes     scenes of coloured shapes, drawn on the fly from a seed; captions in plain English
     a folder   of pictures with captions: extras/files.py
     emoji      of a colour font, under their English names: extras/emoji.py
+    several    with commas, shapes,emoji: one expert learns them all: extras/mixed.py
 
 What every source offers, and all that training asks of it:
 
@@ -432,10 +433,16 @@ def _look_alike(groups: tuple[Group, ...]) -> bool:
 def open_source(name: str, image_size: int, seed: int = 0, **options):
     """A name, "shapes" or "emoji", or a folder's path -> a source of examples.
 
-    options: one_object of the shapes, font (a file) and variants of the emoji. ValueError for a
-    source that is not there, or an option that it has not.
+    options: one_object of the shapes; font (a file), variants and no_shapes of the emoji; or
+    `parts`, of several sources their names and options (see cli.data_form). ValueError for a source
+    that is not there, or an option that it has not.
     """
-    kinds = {"shapes": {"one_object": bool}, "emoji": {"font": str | None, "variants": bool}}
+    if "parts" in options:
+        from extras.mixed import Mixed
+
+        return Mixed(options["parts"], image_size, seed)
+    of_emoji = {"font": str | None, "variants": bool, "no_shapes": bool}
+    kinds = {"shapes": {"one_object": bool}, "emoji": of_emoji}
     known = kinds.get(name, {})
     if not known and not Path(name).is_dir():
         expected = "shapes, emoji, or an existing folder of captioned pictures"

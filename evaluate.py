@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import load_expert, newest_run
+from checkpoint import load_expert, newest_run, step_of_run
 from cli import (
     OneLineParser,
     between,
@@ -53,11 +53,13 @@ FILES = ("evaluate.json", "versus.json")  # the scores of the run, and of the on
 
 @dataclass
 class LoadedRun:
-    """name: as it was given. expert and llm: what it trained, and what that reads."""
+    """name: as it was given. expert and llm: what it trained, and what that reads. step: at which
+    it stands, if its folder tells."""
 
     name: str
     expert: ImageExpert
     llm: FrozenLLM
+    step: int | None
 
 
 @dataclass(frozen=True)
@@ -239,9 +241,10 @@ def open_runs(args: argparse.Namespace, kind: str, suites: list[str]) -> list[Lo
     experts = {args.ckpt: load_expert(args.ckpt, device)}
     if args.versus:
         experts[args.versus] = load_expert(args.versus, device)
+    steps = {name: step_of_run(name) for name in experts}  # now: the run may still go on
     for name, expert in experts.items():
         data = expert.made_for.get("data")
-        if data != kind:
+        if kind not in expert.made_for.get("mixed", [data]):  # of several, their names
             raise ValueError(
                 f"{name} was trained on {data}; the suites are {','.join(suites)} for {kind}, and "
                 "two runs must be of one kind (extras/ has suites for other data)"
@@ -260,7 +263,7 @@ def open_runs(args: argparse.Namespace, kind: str, suites: list[str]) -> list[Lo
             from extras.thinking import with_reading
 
             llm.reader = with_reading(llm, args.read)
-        runs.append(LoadedRun(name, expert, llm))
+        runs.append(LoadedRun(name, expert, llm, steps[name]))
     return runs
 
 
@@ -284,6 +287,11 @@ def save_results(args: argparse.Namespace, runs: list[LoadedRun], results: dict)
         for name, scores in results[run.name].items():
             entries[name] = scores | {"settings": settings} if name in args.suite else scores
         write_json(args.out / file, read_results(args.out / file) | entries)
+    if runs[0].step is not None:
+        from extras.run_logs import log_scores
+
+        suites = {suite: results[runs[0].name][suite] for suite in args.suite}
+        log_scores(args.out, runs[0].step, suites, settings | {"rows": args.rows})
     where = args.out / FILES[0]
     print(
         f"half {args.half}: {where}, and a picture of each suite beside it: "

@@ -15,12 +15,13 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
     cli.start()
 
 import hashlib
+import re
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cli import one_line_errors
-from data import BACKGROUND, hashed_tenth
+from data import BACKGROUND, COLORS, COUNT_WORDS, SHAPES, hashed_tenth
 
 FONTS = (  # with a size that each has
     ("NotoColorEmoji.ttf", 109),
@@ -29,12 +30,18 @@ FONTS = (  # with a size that each has
 )
 FACE = "\U0001f600"  # a full-sized one
 UNKNOWN = "\U0010fffe"  # no character: a font that draws it draws a box
+NOUNS_OF_SHAPES = {*SHAPES, *[f"{shape}s" for shape in SHAPES]}
+WORDS_OF_SHAPES = {*NOUNS_OF_SHAPES, *COUNT_WORDS.values(), "small", "medium", "large"}
+WORDS_OF_SHAPES.update(word for color in COLORS for word in color.split())
 
 
 class Emoji:
     """Unicode's emoji as a colour font draws them, under their English names and aliases.
 
     Those of a single code point; variants: also sequences, which are skin tones, flags, families.
+    no_shapes: without the names that a caption of the shapes could be, "red heart", "star": beside
+    shapes, such words would mean two pictures, and some are prompts of the suites.
+
     `glyphs`: emoji -> picture, of all that the font has; `missing` it has not; `held_out`, a hashed
     tenth, is never trained on. ValueError without the package emoji, or without a font.
     """
@@ -62,7 +69,12 @@ class Emoji:
     )
 
     def __init__(
-        self, image_size: int, seed: int = 0, font: str | None = None, variants: bool = False
+        self,
+        image_size: int,
+        seed: int = 0,
+        font: str | None = None,
+        variants: bool = False,
+        no_shapes: bool = False,
     ):
         try:
             from emoji import EMOJI_DATA, STATUS  # the package, not this file
@@ -73,6 +85,8 @@ class Emoji:
         self.image_size = image_size
         self.seed = seed
         self.made_for = {"emoji": {"font": font, "variants": variants}}
+        if no_shapes:
+            self.made_for["emoji"]["no_shapes"] = True
         self.glyphs: dict[str, np.ndarray] = {}
         self.names: dict[str, list[str]] = {}
         self.missing: list[str] = []
@@ -88,14 +102,18 @@ class Emoji:
                 continue
             self.glyphs[text] = glyph
             self.names[text] = _names(entry)
-        self.held_out = hashed_tenth(set(self.glyphs))
-        self.trained = [text for text in self.glyphs if text not in self.held_out]
+            if no_shapes:
+                self.names[text] = [name for name in self.names[text] if not _is_of_shapes(name)]
+        named = {text for text in self.names if self.names[text]}
+        self.nameless = len(self.glyphs) - len(named)
+        self.held_out = hashed_tenth(set(self.glyphs)) & named
+        self.trained = [text for text in self.glyphs if text in named - self.held_out]
 
     def about(self) -> str:
-        return (
-            f"{len(self.trained)} emoji to train on, {len(self.held_out)} held out; "
-            f"the font lacks {len(self.missing)}"
-        )
+        said = f"{len(self.trained)} emoji to train on, {len(self.held_out)} held out; "
+        if self.nameless:
+            said += f"{self.nameless} left out, called as shapes are; "
+        return said + f"the font lacks {len(self.missing)}"
 
     def fingerprint(self) -> str:
         """Another font draws other glyphs, another version of the package gives other names."""
@@ -122,6 +140,12 @@ def _names(entry: dict) -> list[str]:
         if not names or are_words:
             names.append(words)
     return names
+
+
+def _is_of_shapes(name: str) -> bool:
+    """Whether a name is a shape, and no word of it is more than a colour, a count or a size."""
+    words = set(re.split(r"\W+", name.lower()))
+    return bool(words & NOUNS_OF_SHAPES) and words <= WORDS_OF_SHAPES
 
 
 def _with_article(name: str) -> str:

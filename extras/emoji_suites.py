@@ -309,8 +309,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluate.read_results(args.out / file)  # refused before the work
     first = runs[0]
     options = first.expert.made_for.get("emoji", {})
-    font = options.get("font")
-    source = Emoji(first.expert.image_size, 0, font, options.get("variants", False))
+    source = Emoji(first.expert.image_size, 0, **options)
     results = evaluate_emoji(args, runs, source)
     if args.probe:
         without_thinking(first)

@@ -32,7 +32,6 @@ import evaluate
 import train
 from cli import (
     OneLineParser,
-    data_form,
     make_folder,
     one_line_errors,
     positive,
@@ -41,6 +40,7 @@ from cli import (
 )
 from evaluate import LoadedRun, grade, read_suite, write_json
 from extras.bridges import OPTIONS
+from extras.maps import NoMatplotlib
 from extras.race_table import ON_THE_WAY, print_race, race_picture, race_table, shown_prompts
 from extras.tables import summarize
 from sample import draw
@@ -87,8 +87,12 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
     table = race_table(logs, race_speeds(plan, list(folders), flags))
     write_json(out / "table.json", table)
     print_race(table)
-    _, options = data_form(train.parse_args(flags).data)
-    picture = race_picture(table, folders, "one_object" in options)
+    one = "shapes:one-object" in train.parse_args(flags).data.split(",")
+    try:
+        picture = race_picture(table, folders, one)
+    except NoMatplotlib as error:
+        print(f"{out / 'table.json'}; no race.png beside it: {error}")
+        return
     write_whole(out / "race.png", picture.save)
     beside = "race.png beside it: the same prompts for all, and how the scores grew"
     print(f"{out / 'table.json'}, and {beside}")
