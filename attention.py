@@ -114,12 +114,21 @@ def joint_attention_definition(
     joint_q (B, H, T+N, Dk), already multiplied by its scale (the towers may scale differently);
     joint_k (B, G, T+N, Dk), joint_v (B, G, T+N, Dv), mask from hybrid_mask -> (B, H, T+N, Dv).
     """
+    weights = joint_weights(joint_q, joint_k, mask)
+    groups = joint_q.shape[1] // joint_v.shape[1]
+    joint_v = joint_v.repeat_interleave(groups, dim=1)  # (B, H, T+N, Dv)
+    return (weights @ joint_v.float()).to(joint_v.dtype)
+
+
+def joint_weights(joint_q: Tensor, joint_k: Tensor, mask: Tensor) -> Tensor:
+    """How much each query looks at each key, (B, H, queries, T+N) in float32: rows that sum to 1.
+
+    Queries are scaled already, as above; any of the joint rows will do, with a mask that fits them.
+    """
     groups = joint_q.shape[1] // joint_k.shape[1]
     joint_k = joint_k.repeat_interleave(groups, dim=1)  # (B, H, T+N, Dk)
-    joint_v = joint_v.repeat_interleave(groups, dim=1)  # (B, H, T+N, Dv)
     scores = joint_q.float() @ joint_k.float().transpose(-2, -1)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    return (weights @ joint_v.float()).to(joint_v.dtype)
+    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -3,10 +3,13 @@
     python sample.py --prompt "a red circle left of a blue square"
     python sample.py --prompts FILE --ckpt runs/shapes --n 4 --seed 7 --out samples
     python sample.py --prompts evaluation_metadata.jsonl:geneval --out for-geneval
+    python sample.py --prompt "a red circle" --maps --trajectory --out circle.png
+    python sample.py --interactive
 
 Writes every picture at its own size, and grid.png: the first of them enlarged, with their prompts.
 A single picture may go to --out FILE.png. FILE:geneval, dpg or wise writes the folders that the
-official evaluators of these benchmarks read.
+official evaluators of these benchmarks read. --maps shows which word each patch looks at,
+--trajectory how the picture came out of the noise: in files beside it.
 """
 
 if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
@@ -162,12 +165,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt", action="append", type=words, default=[], help="may be given many times")
     files = "a prompt a line, .json, .jsonl, or a folder of .txt; FILE:geneval, FILE:dpg, FILE:wise"
     add("--prompts", metavar="FILE", help=files)
+    add("--interactive", action="store_true", help="ask for prompts, with all kept loaded")
     add("--n", type=positive(int), help="pictures of each prompt (default: 1, or the benchmark's)")
     add("--seed", type=seed_number, default=0, help="picture k starts from the noise of seed + k")
     add("--steps", type=positive(int), default=24, help="Euler steps")
     scale = "scale; 1 is none; 3:from=0.2:to=0.8 while t is between these; 3:renorm (flow.guide)"
     add("--guidance", type=guidance_form, default="3", help=scale)
     add("--out", default="samples", help="folder for the pictures, or the file of a single one")
+
+    add = parser.add_argument_group("what is shown of it").add_argument
+    maps = "which word each patch looks at; of one (WORD, or the most telling) by layer and step"
+    add("--maps", nargs="?", const="", type=words, metavar="WORD", help=maps)
+    add("--trajectory", action="store_true", help="from noise to picture: a strip and a film")
 
     add = parser.add_argument_group("with what").add_argument
     add("--ckpt", help="a run's folder or a Hub id (default: the newest run under runs/)")
@@ -185,9 +194,56 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
     # what cannot work is refused before anything is loaded
-    n = args.n or 1  # pictures of each prompt
-    listed = []  # name, text and record of the prompts of a file
+    prompts, listed, layout = asked_for(args)
+    out = Path(args.out)
+    into_file = check_out(args, out, layout, len(prompts) * args.n)
+    if args.read:
+        from extras.thinking import drawing_form
+
+        drawing_form(args.read)
+    if args.maps is not None or args.trajectory:
+        from extras.windows import check_windows
+
+        check_windows(args, layout, len(prompts) * args.n)
+    expert, llm = open_towers(args, out.parent if into_file else out)
+    if args.interactive:
+        from extras.interactive import converse
+
+        converse(args, expert, llm)
+        return
+
+    # the pictures, each into its file
+    seeds = [args.seed + k for k in range(args.n)]
+    texts = []
+    paths = []
+    for i, prompt in enumerate(prompts):
+        for seed in seeds:
+            texts.append(prompt)
+            paths.append(out / f"{i:03d}-{file_words(prompt)}-seed{seed}.png")
+    if into_file:
+        paths = [out]
+    elif layout:
+        paths = []
+    pictures = draw_into(paths, args, expert, llm, texts, seeds * len(prompts))
+
+    # all together
+    pictures = pictures.reshape(len(prompts), args.n, *pictures.shape[1:])
+    if layout:
+        from extras.prompts import save_layout
+
+        save_layout(layout, out, listed, pictures)
+        print(f"{out}: {len(prompts)} prompts as {layout} reads them")
+    elif not into_file:
+        write_whole(out / "grid.png", captioned_grid(pictures, prompts).save)
+        print(out / "grid.png")
+
+
+def asked_for(args: argparse.Namespace) -> tuple[list[str], list, str | None]:
+    """The prompts; name, text and record of those of a file; the layout of a benchmark. args.n,
+    where it is not given, becomes the layout's. ValueError for no prompt at all."""
+    listed = []
     layout = None
+    n = 1
     if args.prompts:
         from extras import prompts as of_files
 
@@ -196,45 +252,32 @@ def main(argv: list[str] | None = None) -> None:
         n = args.n or of_files.LAYOUTS.get(layout, 1)
         if layout:
             of_files.check_layout(layout, [] if args.prompt else listed, n)
+    args.n = args.n or n
     prompts = args.prompt + [text for _, text, _ in listed]
-    if not prompts:
+    if args.interactive and prompts:
+        raise ValueError("--interactive asks for the prompts: leave out --prompt and --prompts")
+    if not prompts and not args.interactive:
         raise ValueError(
             'nothing to draw: give --prompt "a red circle" (many times if you like) or '
             "--prompts FILE"
         )
-    out = Path(args.out)
+    return prompts, listed, layout
+
+
+def check_out(args: argparse.Namespace, out: Path, layout: str | None, count: int) -> bool:
+    """Whether --out is the file of a single picture. ValueError if it cannot be what is asked."""
     into_file = out.suffix.lower() in PICTURES and not out.is_dir()
-    if into_file and (layout or len(prompts) * n > 1):
-        raise ValueError(
-            f"--out {out} is a file, for one picture; expected a folder for {len(prompts) * n}"
-        )
-
-    if args.read:
-        from extras.thinking import drawing_form
-
-        drawing_form(args.read)
-
-    # the pictures
-    expert, llm = open_towers(args, out.parent if into_file else out)
-    seeds = [args.seed + k for k in range(n)]
-    texts = []
-    for prompt in prompts:
-        texts += [prompt] * n
-    scale, interval, renorm = args.guidance
-    pictures = draw(expert, llm, texts, seeds * len(prompts), args.steps, scale, interval, renorm)
-    for prompt, written in getattr(llm.reader, "written", {}).items():
-        print(f"{prompt} -> {written}")
-
-    # into their files
-    pictures = pictures.reshape(len(prompts), n, *pictures.shape[1:])
-    if layout:
-        of_files.save_layout(layout, out, listed, pictures)
-        print(f"{out}: {len(prompts)} prompts as {layout} reads them")
-    elif into_file:
-        save_picture(pictures[0, 0], out)
-        print(out)
-    else:
-        save_all(out, prompts, seeds, pictures)
+    if into_file and (layout or args.interactive or count > 1):
+        number = "what is asked for one by one" if args.interactive else count
+        raise ValueError(f"--out {out} is a file, for one picture; expected a folder for {number}")
+    folder = out.parent if into_file else out
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(
+                f"{out}: nothing can be written there ({place} is a file); --out names a folder, "
+                "or a picture: x.png"
+            )
+    return into_file
 
 
 def open_towers(args: argparse.Namespace, folder: Path) -> tuple[ImageExpert, FrozenLLM]:
@@ -256,15 +299,34 @@ def open_towers(args: argparse.Namespace, folder: Path) -> tuple[ImageExpert, Fr
     return expert, llm
 
 
-def save_all(out: Path, prompts: list[str], seeds: list[int], pictures: np.ndarray) -> None:
-    """pictures (prompts, seeds, height, width, 3): each in a file, and the first ones in a grid."""
-    for i, prompt in enumerate(prompts):
-        for seed, picture in zip(seeds, pictures[i]):
-            path = out / f"{i:03d}-{file_words(prompt)}-seed{seed}.png"
-            save_picture(picture, path)
-            print(path)
-    write_whole(out / "grid.png", captioned_grid(pictures, prompts).save)
-    print(out / "grid.png")
+def draw_into(
+    paths: list[Path],
+    args: argparse.Namespace,
+    expert: ImageExpert,
+    llm: FrozenLLM,
+    prompts: list[str],
+    seeds: list[int],
+) -> np.ndarray:
+    """Draw a picture of each prompt, as `draw` does, and save each in its file (if they have one),
+    with what --maps and --trajectory show of it. Says what the LLM wrote, and the files."""
+    windows = None
+    if args.maps is not None or args.trajectory:
+        from extras.windows import Windows
+
+        windows = Windows(args, expert, llm, prompts)
+    scale, interval, renorm = args.guidance
+    options = {"interval": interval, "renorm": renorm, "watch": windows}
+    pictures = draw(expert, llm, prompts, seeds, args.steps, scale, **options)
+    written = getattr(llm.reader, "written", {})
+    for prompt in dict.fromkeys(prompts):
+        if prompt in written:
+            print(f"{prompt} -> {written[prompt]}")
+    for i, path in enumerate(paths):
+        save_picture(pictures[i], path)
+        print(path)
+        if windows:
+            print(*windows.save(i, path, pictures[i]), sep="\n")
+    return pictures
 
 
 if __name__ == "__main__":

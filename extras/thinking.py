@@ -96,8 +96,8 @@ class Thinking:
     cache, with no second pass. Or "reencode": what was written, read as a caption of its own.
     The empty prompt of guidance stays as it was.
 
-    written: caption -> what the LLM wrote. inside: the reader of the empty prompt and of what is
-    read again. ValueError if the frame has not one {}, or the LLM cannot write.
+    written: caption -> what the LLM wrote; shown: its row's tokens. inside: the reader of the empty
+    prompt and of what is read again. ValueError for no {} or two, or an LLM that cannot write.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class Thinking:
         if show == "all":
             self.flag = "--read think"
         self.written: dict[str, str] = {}
+        self.shown: dict[str, list[int]] = {}
         check_heard(self, getattr(llm, "tokens", False))
         if hasattr(inside, "picture"):
             raise ValueError("--read image does not go with --read think or --read rewrite")
@@ -197,6 +198,7 @@ class Thinking:
         shown = list(range(start, length))
         if start and ids[0] == llm.tokenizer.bos_token_id and self.shows_all():
             shown = [0, *shown]  # BOS was seen in training too
+        self.shown[caption] = out.sequences[0, shown].tolist()
         return row[shown]
 
     def shows_all(self) -> bool:
