@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cli import write_text, write_whole
 from inspection import check_same_llm
 from loading import ask_hub
-from model import ImageExpert, read_config, read_expert, read_safetensors
+from model import ImageExpert, name_of, read_config, read_expert, read_safetensors
 
 STATE = "train_state.safetensors"
 TIME_BINS = 5  # of equal width in t
@@ -41,14 +42,16 @@ def save_run(run) -> None:
     for optimizer in run.optimizers:
         moments |= optimizer.state
     tensors = {f"ema.{name}": p for name, p in run.ema.named_parameters()}
+    for name, buffer in run.expert.state_dict().items():
+        tensors[f"expert.{name}"] = buffer
     for name, p in run.expert.named_parameters():
-        tensors[f"expert.{name}"] = p
         for key, value in moments[p].items():
             tensors[f"{key}.{name}"] = value
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "step": str(run.step),
         "args": json.dumps(vars(run.args)),
+        "tower": type(run.expert).__name__,
         "config": json.dumps(run.expert.config),
         **run.data_identity,
     }
@@ -80,7 +83,7 @@ def load_run(run, metadata: dict, tensors: dict) -> None:
     parts = {}  # name of a parameter -> {"expert", "ema", and the optimizer's moments of it}
     for key, value in tensors.items():
         part, name = key.split(".", 1)
-        parts.setdefault(name, {})[part] = value.to(run.device)
+        parts.setdefault(name_of(name), {})[part] = value.to(run.device)
     optimizer_of = {}
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -90,6 +93,10 @@ def load_run(run, metadata: dict, tensors: dict) -> None:
             p.copy_(parts[name].pop("expert"))
             average.copy_(parts[name].pop("ema"))
             optimizer_of[p].state[p] = parts[name]
+        for tower in (run.expert, run.ema):
+            for name, buffer in tower.named_buffers():
+                if name in parts:
+                    buffer.copy_(parts[name]["expert"])
 
 
 def data_of(source) -> dict[str, str]:
@@ -153,6 +160,7 @@ def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Nam
             from extras.older_runs import in_new_words
 
             stored = in_new_words(stored)
+        stored.setdefault("patcher", "linear")  # the only one that older runs knew
         stored = vars(parse_args(["--out", args.out], stored))
         json.loads(metadata["config"])["made_for"]
         int(metadata["step"])
@@ -186,35 +194,50 @@ def newest_run(folder: Path = Path("runs")) -> Path:
     return runs[-1].parent
 
 
-def load_expert(ckpt: str, device: torch.device) -> ImageExpert:
-    """A run's folder or a Hub id -> the expert. ValueError, in one line, if that cannot be."""
-    path = find_checkpoint(ckpt)
+def step_of_run(ckpt: str) -> int | None:
+    """The step at which a run's folder stands; None of an expert without its training's state."""
+    try:
+        with safe_open(Path(ckpt) / STATE, "pt") as file:
+            return int(file.metadata()["step"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def load_expert(ckpt: str, device: torch.device, flag: str = "--ckpt") -> ImageExpert:
+    """A run's folder or a Hub id, which a flag names -> the expert. ValueError, in one line, if
+    that cannot be."""
+    path = find_checkpoint(ckpt, flag)
     metadata, _ = read_safetensors(path)
+    return read_expert(path, tower_of(metadata, path)).to(device)
+
+
+def tower_of(metadata: dict[str, str], path: Path) -> type:
+    """The class of the expert in a file."""
     kind = metadata.get("tower", "ImageExpert")
     if kind == "ImageExpert":
-        return read_expert(path).to(device)
+        return ImageExpert
     from extras.bridges import towers
 
     if kind not in towers():
         raise ValueError(f"{path} is not an image expert of this project (a {kind})")
-    return read_expert(path, towers()[kind]).to(device)
+    return towers()[kind]
 
 
-def find_checkpoint(ckpt: str) -> Path:
+def find_checkpoint(ckpt: str, flag: str = "--ckpt") -> Path:
     """The file of a run's folder, or of a Hub id, fetched if it is not there yet."""
     path = Path(ckpt) / "model.safetensors"
     if path.is_file():
         return path
     if Path(ckpt).exists() or len(Path(ckpt).parts) != 2:
         expected = "the folder of a run, with model.safetensors in it, or a Hub id"
-        raise ValueError(f"--ckpt {ckpt}: expected {expected}")
+        raise ValueError(f"{flag} {ckpt}: expected {expected}")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line says what is wrong
     try:
         return Path(hf_hub_download(ckpt, path.name, local_files_only=True))
     except (OSError, HFValidationError):
         why = ask_hub(ckpt)
     if why:
-        raise ValueError(f"--ckpt {ckpt}: no such folder, and as a Hub id: {why}")
+        raise ValueError(f"{flag} {ckpt}: no such folder, and as a Hub id: {why}")
     return Path(hf_hub_download(ckpt, path.name))
 
 

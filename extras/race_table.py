@@ -1,13 +1,11 @@
 """What comes of a race: its table, its curves, its picture."""
 
-from math import ceil
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from cli import caption_font
 from evaluate import Prompt, grade, read_suite
 from extras.grids import picture_table
 from extras.intervals import difference, mean_of_rows
@@ -15,18 +13,6 @@ from extras.tables import LEFT_OUT, signed
 
 ON_THE_WAY = {"geneval": 8, "languages": 4}  # suites of the curves, and prompts of each row
 CONTROL = "dense"  # hears nothing of the LLM: the others are compared with it
-INKS = (
-    "#c23b22",
-    "#1f6fb4",
-    "#2a8c3c",
-    "#8a4fbf",
-    "#d98c00",
-    "#444444",
-    "#00938f",
-    "#b3487f",
-    "#7a6a2f",
-    "#6b8cff",
-)
 
 
 def race_table(logs: list[dict], speeds: dict[str, list[float]]) -> dict:
@@ -119,9 +105,7 @@ def print_race(table: dict) -> None:
 # --------------------------------------------------------------------------------------------------
 # the picture
 
-WIDTH = 150  # of the legend, beside the curves
-HEIGHT = 300  # of the curves, below the pictures
-TALL = 200  # a panel
+HEIGHT = 380  # of the curves, below the pictures
 
 
 def shown_prompts(one: bool) -> list[Prompt]:
@@ -151,52 +135,30 @@ def race_picture(table: dict, folders: dict[str, Path], one: bool) -> Image.Imag
         lines[racer] = cells
     top = picture_table([("", lines)])
 
-    # room for the curves, four panels beside each other, and for their legend
-    legend = caption_font("", 12)
-    width = (top.width - WIDTH) // 4
-    longest = ceil(max(map(legend.getlength, table)))
-    size = (max(top.width, 4 * width + 40 + longest), top.height + HEIGHT)
-    sheet = Image.new("RGB", size, "white")
+    # the scores on the way, below them
+    below = race_curves(table, top.width)
+    sheet = Image.new("RGB", (top.width, top.height + below.height), "white")
     sheet.paste(top, (0, 0))
-    ink = ImageDraw.Draw(sheet)
-
-    bottom = top.height + 260
-    left = 20
-    for suite in ON_THE_WAY:
-        for unit in ("images", "minutes"):
-            draw_panel(ink, table, suite, unit, (left, bottom), width - 40)
-            left += width
-    for i, (color, racer) in enumerate(zip(INKS, table)):
-        ink.text((20 + 4 * width, top.height + 50 + 20 * i), racer, fill=color, font=legend)
+    sheet.paste(below, (0, top.height))
     return sheet
 
 
-def draw_panel(
-    ink: ImageDraw.ImageDraw,
-    table: dict,
-    suite: str,
-    unit: str,
-    corner: tuple[int, int],
-    width: int,
-) -> None:
-    """The curves of a suite against images or minutes. corner: the lower left one."""
-    left, bottom = corner
-    most = 0
-    best = 0
-    for line in table.values():
-        for curve in line["curves"]:
-            for point in curve:
-                most = max(most, point[unit])
-                best = max(best, point[suite])
-    best = ceil(10 * best + 0.1) / 10  # the top of the panel: the next tenth
-    ink.rectangle((left, bottom - TALL, left + width, bottom), outline="#bbbbbb")
-    title = f"{suite}, to {best:.1f}, against {unit}, to {most:,.0f}"
-    ink.text((left, bottom - TALL - 18), title, fill="black", font=caption_font("", 11))
-    for color, line in zip(INKS, table.values()):
-        for curve in line["curves"]:
-            places = [corner]
-            for point in curve:
-                x = left + width * point[unit] / most
-                y = bottom - TALL * point[suite] / best
-                places.append((x, y))
-            ink.line(places, fill=color, width=2)
+def race_curves(table: dict, width: int) -> Image.Image:
+    """Each suite's scores on the way, against pictures seen and against minutes: a line for each
+    seed, in the racer's colour. NoMatplotlib where it is missing."""
+    from extras.maps import DOTS_PER_INCH, add_legend, as_picture, draw_line, new_figure, new_panel
+
+    figure = new_figure(width / DOTS_PER_INCH, HEIGHT / DOTS_PER_INCH)
+    places = figure.add_gridspec(1, 2 * len(ON_THE_WAY))
+    column = 0
+    for suite in ON_THE_WAY:
+        for unit, label in (("images", "pictures seen"), ("minutes", "minutes")):
+            axes = new_panel(figure, places[column], f"{suite}, share right", label)
+            column += 1
+            for i, line in enumerate(table.values()):
+                for curve in line["curves"]:
+                    draw_line(axes, [(point[unit], point[suite]) for point in curve], i)
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=0)
+    add_legend(figure, list(table))
+    return as_picture(figure)
