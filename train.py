@@ -4,6 +4,7 @@
     python train.py --llm Qwen/Qwen2.5-0.5B            # any Hugging Face decoder
     python train.py --data FOLDER --image-size 64      # your own captioned pictures
     python train.py --resume --out runs/shapes         # go on where a run stopped, bit for bit
+    python train.py --from runs/shapes --data FOLDER   # a new run, from that one's weights
 
 Writes into --out: model.safetensors (the expert's EMA weights, config inside),
 train_state.safetensors (all that --resume needs), metrics.jsonl, and samples as PNG.
@@ -16,6 +17,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -51,10 +53,11 @@ from flow import flow_loss, sample_time
 from llm import FrozenLLM
 from loading import load_llm
 from model import ExpertBlock, ImageExpert
+from patches import PATCHERS
 from sample import draw, to_tensor
 
 EMA_DECAY = 0.999  # of the weights' moving average, which is what is saved to draw with
-TIME_MEAN = -0.4  # of the logit-normal time: below zero it leans to the noise
+TIME_MEAN = -0.4  # of the logit-normal time at 32 pixels: below zero it leans to the noise
 TIME_STD = 1.0
 LARGEST_GRADIENT = 1.0  # a gradient's norm is clipped to this
 LOOK_AHEAD = 32  # steps whose captions go to the LLM together
@@ -198,6 +201,8 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     dtype, why_dtype = pick_dtype(args.dtype, device)
     print(f"device {device} ({why_device}); {dtype} ({why_dtype}); seed {args.seed}", flush=True)
 
+    origin, before = beginning(args, metadata, device)
+
     # the data
     moved = it_may_have_moved if metadata else no_hint
     name, options = data_form(args.data)
@@ -206,11 +211,13 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     data_identity = checkpoint.data_of(source)
     checkpoint.check_data(args.data, metadata, data_identity)
 
-    # the LLM: a resumed run takes the revision, and the text around each caption, it began with
-    before = json.loads(metadata["config"])["made_for"] if metadata else {}
+    # the LLM: the revision, and the text around each caption, are what the weights began with
     revision = before.get("llm_revision") if args.llm == before.get("llm") else None
+    random_seed = None
+    if args.random_llm:
+        random_seed = before.get("random_llm", args.seed)
     with moved(args.llm, "--resume --llm"):
-        llm = open_llm(args, device, dtype, revision)
+        llm = open_llm(args, device, dtype, random_seed, revision)
     reading = set_reader(args, llm, before)
 
     # the expert, the average of its weights, and its optimizers
@@ -218,12 +225,17 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
         "llm": args.llm,
         "llm_revision": llm.revision,
         **llm.identity,
-        "random_llm": args.seed if args.random_llm else None,
+        "random_llm": random_seed,
         **reading,
         "data": name,
         **source.made_for,
     }
-    expert = build_expert(args, llm, source, made_for).to(device)
+    if args.start:
+        from extras.starting import expert_like
+
+        expert = expert_like(args, origin, metadata, made_for).to(device)
+    else:
+        expert = build_expert(args, llm, source, made_for).to(device)
     expert.attach(llm)
     make_folder(args.out)  # nothing is written before everything is there
     ema = type(expert)(**expert.config).to(device).requires_grad_(False)
@@ -237,12 +249,27 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     return run
 
 
+def beginning(
+    args: argparse.Namespace, metadata: dict, device: torch.device
+) -> tuple[ImageExpert | None, dict]:
+    """The expert that a new run starts from, if --from names one; and what the weights, these or
+    those of the stored run, were made for."""
+    if metadata:
+        return None, json.loads(metadata["config"])["made_for"]
+    if args.start:
+        origin = checkpoint.load_expert(args.start, device, "--from")
+        return origin, origin.made_for
+    return None, {}
+
+
 def no_hint(place: str, flag: str):
     """In place of it_may_have_moved, for a run that begins."""
     return nullcontext()
 
 
-def open_llm(args: argparse.Namespace, device, dtype, revision: str | None) -> FrozenLLM:
+def open_llm(
+    args: argparse.Namespace, device, dtype, random_seed: int | None, revision: str | None
+) -> FrozenLLM:
     """The LLM of --llm, as --bridge needs it."""
     options = {}
     if args.bridge != "mot":
@@ -254,16 +281,19 @@ def open_llm(args: argparse.Namespace, device, dtype, revision: str | None) -> F
         device,
         dtype,
         trust_remote_code=args.trust_remote_code,
-        random_seed=args.seed if args.random_llm else None,
+        random_seed=random_seed,
         revision=revision,
         **options,
     )
 
 
 def set_reader(args: argparse.Namespace, llm: FrozenLLM, before: dict) -> dict:
-    """Set llm.reader from --template and --read, or as the stored run had it; return what the
-    checkpoint stores of it."""
-    if args.template == "{}" and not args.read:
+    """Set llm.reader from --template and --read, or as what was stored `before` had it; return what
+    the checkpoint stores of it."""
+    asked = args.template != "{}" or args.read
+    if before:
+        asked = before.get("template", "{}") != "{}" or before.get("thinking")
+    if not asked:
         return {"template": "{}", "expose": "all", "thinking": None}
     from extras.thinking import reader_from, reader_from_flags
 
@@ -286,6 +316,7 @@ def build_expert(args: argparse.Namespace, llm: FrozenLLM, source, made_for: dic
     }
     shared = {
         "patch": args.patch,
+        "patcher": args.patcher,
         "image_size": args.image_size,
         "prediction": args.prediction,
         "made_for": made_for,
@@ -317,9 +348,13 @@ def print_run(run: Run) -> None:
         f"expert: {trained:.1f} M parameters, all trained; {len(run.expert.blocks)} layers of "
         f"width {run.expert.width}, {side}x{side} image tokens"
     )
-    resumed = f", resumed at step {run.step}" if run.step else ""
+    began = ""
+    if run.step:
+        began = f", resumed at step {run.step}"
+    elif args.start:
+        began = f", started from {args.start}"
     about = run.data_identity["data_about"]
-    print(f"data {args.data}: {about}; run {args.out}{resumed}", flush=True)
+    print(f"data {args.data}: {about}; run {args.out}{began}", flush=True)
 
 
 def train(run: Run, until: int | None = None) -> None:
@@ -406,23 +441,40 @@ NOT_FOR_MIRROR = ("size", "width", "heads", "depth", "layers")  # it has the LLM
 
 
 def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> argparse.Namespace:
-    """The command line, parsed twice: --data, --bridge and --resume of the first pass decide what
-    the defaults of the second are (RECIPES, or the stored settings)."""
+    """The command line, parsed twice: --data, --bridge, --from and --resume of the first pass
+    decide what the defaults of the second are (RECIPES, the expert's own, the stored settings)."""
     parser = make_parser()
     plain = parser.parse_args(argv)
     source = data_form(plain.data)[0]
-    bridge = colon_form(plain.bridge, flag="--bridge")[0]
+    origin = {}
+    if plain.start:
+        from extras.starting import check_flags, flags_of
+
+        origin = flags_of(plain)
+    bridge = colon_form(origin.get("bridge", plain.bridge), flag="--bridge")[0]
     if not plain.resume:  # then the stored ones count
         check_belongings(parser, plain, bridge)
     check_forms(plain)
     parser.set_defaults(**RECIPES.get(source, {}) | RECIPES.get(bridge, {}))
+    parser.set_defaults(**origin)
     parser.set_defaults(**(stored or {}))
     args = parser.parse_args(argv)
+    if origin:
+        check_flags(args, origin)
+    args.patch = args.patch or min(16, max(1, args.image_size // 4))
+    if args.time_mean is None:
+        args.time_mean = time_mean(args.image_size)
     if not args.out:
         args.out = default_out(args, parser, bridge)
     if args.batch_size % args.draws:
         raise ValueError(f"--batch-size {args.batch_size} does not divide by --draws {args.draws}")
     return args
+
+
+def time_mean(image_size: int) -> float:
+    """Twice the side is four times the pixels, whose average shows through twice the noise: the
+    odds t / (1 - t) at which a picture is decided are halved (Esser et al. 2024, eq. 23)."""
+    return TIME_MEAN - math.log(image_size / 32)
 
 
 def check_belongings(parser: OneLineParser, args: argparse.Namespace, bridge: str) -> None:
@@ -448,13 +500,19 @@ def check_forms(args: argparse.Namespace) -> None:
 
 def default_out(args: argparse.Namespace, parser: OneLineParser, bridge: str) -> str:
     """runs/, the name of the data and, if another is asked for, of the LLM and the bridge."""
-    parts = [Path(data_form(args.data)[0]).resolve().name]
+    name, options = data_form(args.data)
+    names = [name]
+    if "parts" in options:
+        names = name.split(",")
+    parts = [Path(name).resolve().name for name in names]
     if args.llm != parser.get_default("llm"):
         parts.append(Path(args.llm).name)
     if args.random_llm:
         parts.append("random-llm")
     if bridge != "mot":
         parts.append(bridge)
+    if args.start:
+        parts.append("from-" + Path(args.start).resolve().name)
     return "runs/" + "-".join(parts)
 
 
@@ -463,9 +521,12 @@ def make_parser() -> OneLineParser:
         description="Train an image expert on a frozen LLM.",
     )
     add = parser.add_argument_group("what is learned").add_argument
-    add("--data", default="shapes", help="shapes, shapes:one-object, emoji, or a folder")
-    add("--image-size", type=between(1, 16384, int), default=32, help="side in pixels")
-    add("--patch", type=positive(int), default=8, help="side of a patch in pixels")
+    data = "shapes, shapes:one-object, emoji, a folder; several with commas: shapes,emoji"
+    add("--data", default="shapes", help=data)
+    add("--image-size", type=between(1, 16384, int), default=64, help="side in pixels")
+    tokens = "side of an image token in pixels (default: 16, or a quarter of a small picture)"
+    add("--patch", type=positive(int), help=tokens)
+    add("--patcher", default="unet", choices=PATCHERS, help="from pixels to tokens and back")
     add("--prediction", default="clean", choices=["clean", "velocity"], help="the head's output")
     add("--bridge", default="mot", help="mot, shared attention, or one of extras/bridges.py")
 
@@ -495,6 +556,8 @@ def make_parser() -> OneLineParser:
 
     add = parser.add_argument_group("run").add_argument
     add("--out", help="its folder (default: runs/ and the name of the data)")
+    start = "a new run from this expert's weights and architecture: a run's folder or a Hub id"
+    add("--from", dest="start", metavar="CKPT", help=start)
     add("--resume", action="store_true", help="go on with the run in --out, with its settings")
     add("--seed", type=seed_number, default=0, help="of the weights, the data and the noise")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -504,7 +567,7 @@ def make_parser() -> OneLineParser:
     add("--sample-every", type=positive(int), default=1000, help="steps between grids of samples")
     add("--save-every", type=positive(int), default=500, help="steps between checkpoints")
     # no flags, and yet a run keeps them: it goes on with what it began with
-    parser.set_defaults(ema=EMA_DECAY, time_mean=TIME_MEAN)
+    parser.set_defaults(ema=EMA_DECAY, time_mean=None)
     return parser
 
 

@@ -71,6 +71,14 @@ def towers() -> dict[str, type]:
     return {tower.__name__: tower for tower in BRIDGES.values()}
 
 
+def bridge_of(expert: ImageExpert) -> str:
+    """The bridge that an expert out of a checkpoint is, without its options."""
+    if type(expert) is HiddenStates and len(expert.states) > 1:
+        return "hsi"
+    names = {tower: name for name, tower in BRIDGES.items() if name != "hsi"}
+    return names[type(expert)]
+
+
 def llm_options(bridge: str | None = None) -> dict:
     """How load_llm makes the LLM that a bridge needs, "lap:stride=1"; without one, for any tower
     out of a checkpoint. ValueError for one that is not known, or has no such option."""
