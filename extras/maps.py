@@ -84,7 +84,7 @@ def draw_curves(logs: list[RunLog]):
         draw_no_scores(figure, rows[2])
     for r in range(math.ceil(len(suites) / COLUMNS)):
         in_row = suites[r * COLUMNS : (r + 1) * COLUMNS]
-        places = rows[2 + r].subgridspec(1, len(in_row))
+        places = rows[2 + r].subgridspec(1, max(3, len(in_row)))
         for place, suite in zip(places, in_row):
             axes = new_panel(figure, place, f"{suite}, share right", "pictures seen")
             for i, log in enumerate(logs):
@@ -157,7 +157,7 @@ def new_figure(width: float, height: float):
 
 def new_panel(figure, place, title: str, x_label: str, **options):
     """Axes with a title and a grid; numbers below them as 50k, 1.5M."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     axes = figure.add_subplot(place, **options)
     axes.set_title(title, fontsize=11)
@@ -167,8 +167,16 @@ def new_panel(figure, place, title: str, x_label: str, **options):
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(lambda x, _: thousands(x))
     return axes
+
+
+def thousands(x: float) -> str:
+    if abs(x) >= 1e6:
+        return f"{x / 1e6:g}M"
+    if abs(x) >= 1e3:
+        return f"{x / 1e3:g}k"
+    return f"{x:g}"
 
 
 def log_scale(axes) -> None:
