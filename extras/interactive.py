@@ -48,6 +48,8 @@ def converse(args: argparse.Namespace, expert: ImageExpert, llm: FrozenLLM) -> N
         try:
             line = words(input("> " if at_terminal else "")).strip()
         except EOFError:
+            if at_terminal:
+                print()
             return
         if line == "/quit":
             return

@@ -72,7 +72,7 @@ def wrap(text: str, font, width: int) -> list[str]:
     return lines
 
 
-def cut(text: str, font, width: int) -> str:
+def cut(text: str, font, width: float) -> str:
     """The text, or as much of it as has room in so many pixels."""
     if font.getlength(text) <= width:
         return text

@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from attention import joint_weights, text_mask
-from cli import write_whole
+from cli import caption_font, write_whole
 from extras.grids import spread
-from extras.sheets import Tile, enlarge, heat, sheet, stretch
+from extras.sheets import LETTERS, Tile, cut, enlarge, heat, sheet, stretch
 from extras.thinking import Thinking, read_inside
 from extras.trajectory import State
 from llm import Context, FrozenLLM, Reading
@@ -241,7 +241,9 @@ def maps_sheet(picture: np.ndarray, found: WordMaps) -> Image.Image:
     for word, values in zip(found.words, found.mean()):
         colors = heat(stretch(values / values.max(), len(large)))
         over = (0.35 * grey + 0.65 * colors).round().astype(np.uint8)
-        tiles.append((over, f"{word}  {share(values.mean())}"))
+        number = f"  {share(values.mean())}"
+        font = caption_font(word, LETTERS)
+        tiles.append((over, cut(word, font, len(large) - font.getlength(number)) + number))
     columns = math.ceil(len(tiles) / math.ceil(len(tiles) / COLUMNS))  # rows of one length
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     title = (
@@ -278,8 +280,9 @@ def layers_sheet(states: list[State], found: WordMaps, word: str, layers: list[i
 
 
 def share(part: float) -> str:
-    """0.123 -> "12 %", 0.0123 -> "1.2 %"."""
+    """0.123 -> "12 %", 0.0123 -> "1.2 %"; the space is one where no line ends."""
     percent = 100 * part
+    digits = 0
     if percent < 9.95:
-        return f"{percent:.1f} %"
-    return f"{percent:.0f} %"
+        digits = 1
+    return f"{percent:.{digits}f}\u00a0%"
