@@ -183,15 +183,26 @@ def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Nam
 # finding a run again, to draw with
 
 
-def newest_run(folder: Path = Path("runs")) -> Path:
-    """The folder of the checkpoint that was written last."""
+SHIPPED = Path(__file__).parent / "assets" / "expert"  # comes with the repository
+
+
+def pick_checkpoint(name: str | None) -> tuple[str, str]:
+    """--ckpt, or the run under runs/ that was written last, or the shipped expert -> the folder (or
+    Hub id), and why. ValueError if there is none."""
+    if name:
+        return name, "asked for"
+    folder = Path("runs")
     runs = sorted(folder.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise ValueError(
-            f"no checkpoint under {folder}/: train one first (python train.py), or name one with "
-            "--ckpt"
-        )
-    return runs[-1].parent
+    if runs:
+        return str(runs[-1].parent), "the newest run"
+    if (SHIPPED / "model.safetensors").is_file():
+        shown = SHIPPED
+        if SHIPPED.is_relative_to(Path.cwd()):
+            shown = SHIPPED.relative_to(Path.cwd())
+        return str(shown), f"shipped; no run under {folder}/ yet"
+    raise ValueError(
+        f"no checkpoint under {folder}/: train one first (python train.py), or name one with --ckpt"
+    )
 
 
 def step_of_run(ckpt: str) -> int | None:

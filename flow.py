@@ -31,19 +31,17 @@ def flow_loss(predict: Callable, data: Tensor, noise: Tensor, t: Tensor, context
     return (v.float() - (data - noise)).square().mean(dim=(1, 2, 3))
 
 
-# 1 - t, which is divided by, is taken for no less. So the last of 24 Euler steps, at t = 23/24,
-# goes 5/6 of the way to the predicted picture; with 20 steps or fewer it goes all of it.
-SMALLEST_REMAINING = 0.05
-
-
 def to_velocity(clean: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The velocity at x_t of a network that says what the clean picture is (Li & He 2025, JiT).
 
     x_t      = (1 - t) noise + t data
     noise    = (x_t - t data) / (1 - t)
     velocity = data - noise = (data - x_t) / (1 - t)
+
+    The last Euler step, from t to 1, goes (1 - t) times this: it lands on `clean`. At t = 1 itself,
+    where nothing remains and nobody asks, it is finite all the same.
     """
-    remaining = (1 - t).clamp_min(SMALLEST_REMAINING).view(-1, 1, 1, 1)
+    remaining = (1 - t).clamp_min(1e-6).view(-1, 1, 1, 1)
     return (clean - x_t) / remaining
 
 

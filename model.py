@@ -5,7 +5,7 @@ own tokens and to the caption's keys and values of that layer, in one softmax (a
 comes out is a velocity (flow.py). That cache of the caption is the whole interface (llm.py).
 
 Shapes: B images, N image tokens, D expert width, H query heads, G key/value heads of widths Dk and
-Dv (the LLM layer's), C image channels, P patch side.
+Dv (the LLM layer's), C image channels.
 """
 
 import json
@@ -21,15 +21,17 @@ from torch import Tensor, nn
 from attention import joint_attention, text_mask
 from flow import to_velocity
 from llm import Context, FrozenLLM, TextLayer, round_up, select_layers
+from patches import PATCHERS
 
 
 class ImageExpert(nn.Module, PyTorchModelHubMixin):
     """Noisy picture + time + Context -> velocity: predict(x_t, t, context) -> v.
 
     text_layers: the LLM's attention layers that the blocks read, one each (dicts of TextLayer).
-    intermediate: inner width of the SwiGLU (default: 8/3 of `width`). prediction: what the head
-    gives, "clean" (the picture itself) or "velocity". made_for: what the weights belong to (the
-    LLM's name and identity, the data). text_gains: see the function of that name.
+    intermediate: inner width of the SwiGLU (default: 8/3 of `width`). patch: side of a token in
+    pixels; patcher: how pixels become tokens and back, "unet" or "linear" (patches.py). prediction:
+    what comes out of it, "clean" (the picture itself) or "velocity". made_for: what the weights
+    belong to (the LLM's name and identity, the data). text_gains: see the function of that name.
     `config`: all of these, as JSON; it travels inside the checkpoint and builds the expert again.
     """
 
@@ -41,9 +43,10 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
         width: int = 256,
         heads: int = 2,
         intermediate: int | None = None,
-        patch: int = 8,
-        image_size: int = 32,
+        patch: int = 16,
+        image_size: int = 64,
         channels: int = 3,
+        patcher: str = "unet",
         prediction: str = "clean",
         made_for: dict | None = None,
         text_gains: list[list[float] | None] | None = None,
@@ -59,6 +62,7 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
             "patch": patch,
             "image_size": image_size,
             "channels": channels,
+            "patcher": patcher,
             "prediction": prediction,
             "made_for": made_for or {},
             "text_gains": text_gains,
@@ -71,8 +75,7 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
         self.made_for = self.config["made_for"]
         self.reads = [layer.index for layer in layers]
 
-        pixels = channels * patch**2
-        self.embed = nn.Linear(pixels, width)
+        self.patcher = PATCHERS[patcher](width, patch, channels)
         self.embed_time = nn.Sequential(
             nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
         )
@@ -84,12 +87,9 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
         for layer, gain in zip(layers, gains):
             block = ExpertBlock(width, heads, intermediate, layer, self.qk_norm, gain)
             self.blocks.append(block)
-        self.head = nn.Linear(width, pixels)
-        # adaLN-Zero: blocks start as the identity. The head starts at 0: whatever it is asked, an
-        # untrained expert says "grey everywhere" (or, with --prediction velocity, "stay")
-        for layer in (self.modulation, self.head):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        # adaLN-Zero: blocks start as the identity
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
 
     @classmethod
     def beside(cls, llm: FrozenLLM, width: int, depth: int, heads: int | None, layers: str, **more):
@@ -105,7 +105,7 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
         """x_t (B, C, height, width), t (B,) in [0, 1] -> velocity like x_t, in float32."""
-        img, modulations, head_modulation = self.tokens_of(x_t, t)  # (B, N, D)
+        img, modulations, way_out = self.tokens_of(x_t, t)  # (B, N, D)
         T = context.keys[0].shape[2]
         mask = text_mask(context.lengths, T, img.shape[1]) if context.padded else None
         for block, m, txt_k, txt_v in zip(self.blocks, modulations, context.keys, context.values):
@@ -113,30 +113,32 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
             txt_k = block.scale_keys(txt_k)  # (B, G, T, Dk)
             attended = joint_attention(img_q, img_k, img_v, txt_k, txt_v, mask)  # (B, H, N, Dv)
             img = block.finish(img, attended, m)  # (B, N, D)
-        return self.velocity_of(img, head_modulation, x_t, t)  # (B, C, height, width)
+        return self.velocity_of(img, way_out, x_t, t)  # (B, C, height, width)
 
-    def tokens_of(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Image tokens (B, N, D); the modulation of each block (B, 6, 1, D), of the head
-        (B, 2, 1, D)."""
-        B, _, height, width = x_t.shape
-        img = self.embed(patchify(x_t, self.patch))  # (B, N, D)
-        position = sincos_2d(height // self.patch, width // self.patch, self.width, x_t.device)
-        img = img + position.to(img.dtype)
+    def tokens_of(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor], tuple]:
+        """Image tokens (B, N, D), the modulation of each block (B, 6, 1, D), and what velocity_of
+        needs: the modulation of the way out, the patcher's skips, the time."""
         # 1000: DiT's timesteps; t in [0, 1] alone would hardly move the slow waves
         time = self.embed_time(timestep_embedding(1000 * t, 256))  # (B, D)
-        modulation = self.modulation(time).view(B, -1, 1, self.width)  # (B, 6 L + 2, 1, D)
-        *per_block, of_head = modulation.split([6] * len(self.blocks) + [2], dim=1)
-        return img, per_block, of_head
+        modulation = self.modulation(time).view(len(t), -1, 1, self.width)  # (B, 6 L + 2, 1, D)
+        *per_block, last = modulation.split([6] * len(self.blocks) + [2], dim=1)
+        img, skips = self.patcher.encode(x_t, time)  # (B, N, D)
+        rows = x_t.shape[2] // self.patch
+        columns = x_t.shape[3] // self.patch
+        img = img + sincos_2d(rows, columns, self.width, x_t.device).to(img.dtype)
+        return img, per_block, (last, skips, time)
 
-    def velocity_of(self, img: Tensor, modulation: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The last image tokens (B, N, D) -> velocity (B, C, height, width)."""
+    def velocity_of(self, img: Tensor, way_out: tuple, x_t: Tensor, t: Tensor) -> Tensor:
+        """The last image tokens (B, N, D) -> velocity (B, C, height, width), in float32."""
+        modulation, skips, time = way_out
         shift, scale = modulation.unbind(1)
-        tokens = self.head(modulate(rms_norm(img), shift, scale))  # (B, N, C P P)
-        return self.unpatchify_velocity(tokens, x_t, t)
+        img = modulate(rms_norm(img), shift, scale)
+        out = self.patcher.decode(img, skips, time, x_t.shape[2:])  # like x_t
+        return self.as_velocity(out, x_t, t)
 
-    def unpatchify_velocity(self, tokens: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """What the head says, (B, N, C P P), as a velocity (B, C, height, width) in float32."""
-        out = unpatchify(tokens.float(), self.patch, *x_t.shape[2:])
+    def as_velocity(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """What the patcher gives, clean pictures or velocities, as velocities in float32."""
+        out = out.float()
         return out if self.prediction == "velocity" else to_velocity(out, x_t, t)
 
     # PyTorchModelHubMixin gives save_pretrained, from_pretrained, push_to_hub, and calls these two
@@ -261,20 +263,6 @@ def rms_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
     return y if gain is None else y * gain.to(x.dtype)
 
 
-def patchify(x: Tensor, patch: int) -> Tensor:
-    """(B, C, height, width) -> (B, N, C P P), row by row."""
-    B, C, height, width = x.shape
-    x = x.reshape(B, C, height // patch, patch, width // patch, patch)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)  # (B, N, C P P)
-
-
-def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
-    """The inverse: (B, N, C P P) -> (B, C, height, width)."""
-    B = len(tokens)
-    x = tokens.reshape(B, height // patch, width // patch, -1, patch, patch)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, -1, height, width)
-
-
 def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000) -> Tensor:
     """(...) -> (..., width): cosines and sines at wavelengths from 2 pi to 2 pi max_period."""
     half = width // 2
@@ -341,7 +329,7 @@ def read_expert(path: str | Path, cls: type = ImageExpert) -> ImageExpert:
     metadata, weights = read_safetensors(path)
     try:
         expert = cls(**read_config(metadata))
-        expert.load_state_dict(weights)
+        expert.load_state_dict({name_of(name): weight for name, weight in weights.items()})
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{path} is not an image expert of this project ({why})") from None
@@ -353,7 +341,13 @@ def read_config(metadata: dict[str, str]) -> dict:
     config = json.loads(metadata["config"])
     if "hidden" in config:  # the name it had in older checkpoints
         config["intermediate"] = config.pop("hidden")
+    config.setdefault("patcher", "linear")  # the only one they knew
     return config
+
+
+def name_of(weight: str) -> str:
+    """A weight's name, also of an older checkpoint, as it is now."""
+    return f"patcher.{weight}" if weight.startswith(("embed.", "head.")) else weight
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:

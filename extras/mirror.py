@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AutoModel, DynamicCache
 
 from llm import Context, FrozenLLM, with_cache
-from model import ImageExpert, patchify, sincos_2d, timestep_embedding
+from model import ImageExpert, sincos_2d, timestep_embedding
+from patches import PATCHERS
 
 
 class MirrorTower(ImageExpert):
@@ -37,9 +38,10 @@ class MirrorTower(ImageExpert):
         self,
         llm_config: dict,
         rotary: bool = True,
-        patch: int = 8,
-        image_size: int = 32,
+        patch: int = 16,
+        image_size: int = 64,
         channels: int = 3,
+        patcher: str = "unet",
         prediction: str = "clean",
         checkpointing: bool = False,
         made_for: dict | None = None,
@@ -51,6 +53,7 @@ class MirrorTower(ImageExpert):
             "patch": patch,
             "image_size": image_size,
             "channels": channels,
+            "patcher": patcher,
             "prediction": prediction,
             "checkpointing": checkpointing,
             "made_for": made_for or {},
@@ -69,13 +72,10 @@ class MirrorTower(ImageExpert):
         self.decoder.set_input_embeddings(nn.Identity())  # it never sees a word
         self.width = config.hidden_size
         self.reads = list(range(config.num_hidden_layers))
-        self.embed = nn.Linear(channels * patch**2, self.width)
+        self.patcher = PATCHERS[patcher](self.width, patch, channels)
         self.embed_time = nn.Sequential(
             nn.Linear(256, self.width), nn.SiLU(), nn.Linear(self.width, self.width)
         )
-        self.head = nn.Linear(self.width, channels * patch**2)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
         self.train()
         if checkpointing:
             for block in self.blocks:
@@ -99,9 +99,11 @@ class MirrorTower(ImageExpert):
         rows = x_t.shape[2] // self.patch
         columns = x_t.shape[3] // self.patch
         time = self.embed_time(timestep_embedding(1000 * t, 256))  # (B, D)
-        img = self.embed(patchify(x_t, self.patch)) + time[:, None]  # (B, N, D)
+        img, skips = self.patcher.encode(x_t, time)  # (B, N, D)
+        img = img + time[:, None]
         img = img + sincos_2d(rows, columns, self.width, x_t.device).to(img.dtype)
-        return self.unpatchify_velocity(self.head(self.decode(img, context)), x_t, t)
+        out = self.patcher.decode(self.decode(img, context), skips, time, x_t.shape[2:])
+        return self.as_velocity(out, x_t, t)
 
     def decode(self, img: Tensor, context: Context) -> Tensor:
         """Image tokens (B, N, D) through the decoder, looking at the caption and at each other ->

@@ -12,7 +12,8 @@ from conftest import CPU, DECODERS, random_expert, save_tiny_llm
 from inspection import fingerprint
 from llm import ROWS, FrozenLLM, select_layers
 from loading import CACHE_FOLDER, file_sha256, load_llm
-from model import ImageExpert, patchify, unpatchify
+from model import ImageExpert
+from patches import patchify, unpatchify
 from sample import draw, llm_of
 
 
