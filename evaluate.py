@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import load_expert, newest_run, step_of_run
+from checkpoint import SHIPPED, load_expert, pick_checkpoint, step_of_run
 from cli import (
     OneLineParser,
     between,
@@ -309,7 +309,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("which runs").add_argument
-    add("--ckpt", help="a run's folder or a Hub id (default: the newest run under runs/)")
+    add("--ckpt", help="a run's folder or a Hub id (default: the newest under runs/, or ours)")
     add("--versus", help="another run, to stand beside it")
     add("--rows", help="only these rows of the suite, with commas")
     first = "what the LLM does first, think:40 or rewrite say: see extras/thinking.py"
@@ -340,10 +340,13 @@ def fill_in(args: argparse.Namespace) -> argparse.Namespace:
         from extras.thinking import drawing_form
 
         drawing_form(args.read)  # refused before anything is loaded
-    args.ckpt = args.ckpt or str(newest_run())
+    args.ckpt, why_ckpt = pick_checkpoint(args.ckpt)
+    print(f"checkpoint {args.ckpt} ({why_ckpt})")
     args.rows = args.rows.split(",") if args.rows else None
     if args.out is None:
-        args.out = args.ckpt if Path(args.ckpt).is_dir() else "evaluation"
+        args.out = "evaluation"
+        if Path(args.ckpt).is_dir() and Path(args.ckpt).resolve() != SHIPPED.resolve():
+            args.out = args.ckpt
         if args.rows or args.limit or args.half == "choose":
             args.out = Path(args.out) / "partial"
     own = file_words(args.read or "")

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import load_expert, newest_run
+from checkpoint import load_expert, pick_checkpoint
 from cli import (
     OneLineParser,
     captioned_grid,
@@ -179,7 +179,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--trajectory", action="store_true", help="from noise to picture: a strip and a film")
 
     add = parser.add_argument_group("with what").add_argument
-    add("--ckpt", help="a run's folder or a Hub id (default: the newest run under runs/)")
+    add("--ckpt", help="a run's folder or a Hub id (default: the newest under runs/, or ours)")
     add("--llm", help="where the checkpoint's LLM lies now, if it has moved")
     read = "what the LLM does first: think:40, rewrite, rewrite:reencode, image:FILE"
     add("--read", help=read)
@@ -282,11 +282,11 @@ def check_out(args: argparse.Namespace, out: Path, layout: str | None, count: in
 
 def open_towers(args: argparse.Namespace, folder: Path) -> tuple[ImageExpert, FrozenLLM]:
     """Load --ckpt and its LLM, with --read applied; ValueError if `folder` cannot be written."""
-    ckpt = args.ckpt or str(newest_run())
+    ckpt, why_ckpt = pick_checkpoint(args.ckpt)
     device, why_device = pick_device(args.device)
     dtype, why_dtype = pick_dtype(args.dtype, device)
     why = f"device {device} ({why_device}), {dtype} ({why_dtype})"
-    print(f"{why}; checkpoint {ckpt}; seed {args.seed}")
+    print(f"{why}; checkpoint {ckpt} ({why_ckpt}); seed {args.seed}")
     expert = load_expert(ckpt, device)
     make_folder(folder)
     moved = it_may_have_moved(expert.made_for.get("llm", ""), "--llm")
