@@ -47,7 +47,8 @@ class UNetPatcher(nn.Module):
 
     def __init__(self, width: int, patch: int, channels: int):
         super().__init__()
-        self.pixels, strides, last = split_patch(patch)
+        self.patch = patch
+        self.pixels, strides, self.places = split_patch(patch)
         pixel_channels = channels * self.pixels**2
         shares = [1 / 8, 1 / 4, 3 / 8][-len(strides) :]
         sizes = [8 * max(1, round(share * width / 8)) for share in shares]  # channels at each size
@@ -63,11 +64,11 @@ class UNetPatcher(nn.Module):
             self.down.append(ConvBlock(size, width))
             self.up.append(ConvBlock(size, width))
         for fine, coarse in zip(sizes, sizes[1:]):
-            self.shrink.append(nn.Conv2d(fine, coarse, 2, stride=2))
-            self.grow.append(nn.ConvTranspose2d(coarse, fine, 2, stride=2))
+            self.shrink.append(Conv(4 * fine, coarse, 1))
+            self.grow.append(Conv(coarse, 4 * fine, 1))
         # between them, the tokens
-        self.embed = nn.Conv2d(sizes[-1], width, last, stride=last)
-        self.unembed = nn.ConvTranspose2d(width, sizes[-1], last, stride=last)
+        self.embed = Conv(sizes[-1] * self.places**2, width, 1)
+        self.unembed = Conv(width, sizes[-1] * self.places**2, 1)
         self.last = nn.Conv2d(sizes[0], pixel_channels, 3, padding=1)
         start_at_zero(self.last)
 
@@ -78,19 +79,20 @@ class UNetPatcher(nn.Module):
         x = self.down[0](x, time)
         skips = [x]
         for shrink, block in zip(self.shrink, self.down[1:]):
-            x = block(shrink(x), time)
+            x = block(shrink(F.pixel_unshuffle(x, 2)), time)
             skips.append(x)
-        return self.embed(x).flatten(2).transpose(1, 2), skips
+        x = self.embed(F.pixel_unshuffle(x, self.places))  # (B, D, rows, columns) of tokens
+        return x.flatten(2).transpose(1, 2), skips
 
     def decode(self, img: Tensor, skips: list[Tensor], time: Tensor, size: tuple) -> Tensor:
         """Tokens (B, N, D), skips and time of the way in -> (B, C, height, width), of this size."""
-        height, width = skips[-1].shape[2:]
-        rows = height // self.embed.stride[0]
-        columns = width // self.embed.stride[1]
-        x = self.unembed(img.transpose(1, 2).unflatten(2, (rows, columns)))
+        grid = (size[0] // self.patch, size[1] // self.patch)
+        x = img.transpose(1, 2).unflatten(2, grid)  # (B, D, rows, columns)
+        x = F.pixel_shuffle(self.unembed(x), self.places)
         x = self.up[-1](x + skips[-1], time)
         for i in reversed(range(len(self.grow))):
-            x = self.up[i](self.grow[i](x) + skips[i], time)
+            x = F.pixel_shuffle(self.grow[i](x), 2)
+            x = self.up[i](x + skips[i], time)
         return F.pixel_shuffle(self.last(x), self.pixels)
 
 
@@ -101,12 +103,26 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(8, channels)
         self.modulation = nn.Linear(width, 2 * channels)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv(channels, channels, 3)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, channels, rows, columns), time (B, D)."""
         shift, scale = self.modulation(time)[:, :, None, None].chunk(2, dim=1)
         return x + self.conv(F.silu(self.norm(x) * (1 + scale) + shift))
+
+
+class Conv(nn.Linear):
+    """A convolution over side x side places. Its weight is a matrix, (out, in side side), so that
+    Muon trains it like those of the transformer: half the steps to the same loss."""
+
+    def __init__(self, channels: int, out: int, side: int):
+        super().__init__(channels * side**2, out)
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, rows, columns) -> (B, out, rows, columns)."""
+        weight = self.weight.unflatten(1, (-1, self.side, self.side))
+        return F.conv2d(x, weight, self.bias, padding=self.side // 2)
 
 
 PATCHERS = {"unet": UNetPatcher, "linear": LinearPatcher}

@@ -53,7 +53,7 @@ from flow import flow_loss, sample_time
 from llm import FrozenLLM
 from loading import load_llm
 from model import ExpertBlock, ImageExpert
-from patches import PATCHERS
+from patches import PATCHERS, Conv
 from sample import draw, to_tensor
 
 EMA_DECAY = 0.999  # of the weights' moving average, which is what is saved to draw with
@@ -170,15 +170,15 @@ def batches(
 def build_optimizers(
     expert: ImageExpert, lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of all blocks (Jordan et al. 2024), AdamW for all else; every parameter
-    once.
+    """Muon for the matrices of all blocks and convolutions (Jordan et al. 2024), AdamW for all
+    else; every parameter once.
 
     Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both (Liu et
-    al. 2025, section 2.2). A tower without such blocks trains with AdamW alone.
+    al. 2025, section 2.2). A tower without such layers trains with AdamW alone.
     """
     matrices = []
     for module in expert.modules():
-        if isinstance(module, ExpertBlock):
+        if isinstance(module, (ExpertBlock, Conv)):
             matrices += [p for p in module.parameters() if p.dim() == 2]
     taken = {id(p) for p in matrices}
     others = [p for p in expert.parameters() if id(p) not in taken]

@@ -13,7 +13,6 @@ from inspection import fingerprint
 from llm import ROWS, FrozenLLM, select_layers
 from loading import CACHE_FOLDER, file_sha256, load_llm
 from model import ImageExpert
-from patches import patchify, unpatchify
 from sample import draw, llm_of
 
 
@@ -27,19 +26,6 @@ class CountTokens:
     def count(self, module, args, kwargs):
         self.calls += 1
         self.tokens += kwargs["input_ids"].numel()
-
-
-@pytest.mark.parametrize(
-    "shape, patch", [((2, 3, 16, 16), 4), ((1, 4, 8, 24), 8), ((2, 1, 6, 4), 1)]
-)
-def test_patchify_round_trip(shape, patch):
-    x = torch.randn(shape)
-    tokens = patchify(x, patch)
-    assert tokens.shape == (shape[0], shape[2] * shape[3] // patch**2, shape[1] * patch**2)
-    assert torch.equal(unpatchify(tokens, patch, *shape[2:]), x)
-    assert torch.equal(tokens[0, 0], x[0, :, :patch, :patch].flatten()), (
-        "the first token is the upper left patch"
-    )
 
 
 @pytest.mark.slow
