@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -32,8 +31,6 @@ from tqdm import tqdm
 import checkpoint
 from cli import (
     Locked,
-    OneLineParser,
-    between,
     captioned_grid,
     colon_form,
     data_form,
@@ -42,22 +39,17 @@ from cli import (
     one_line_errors,
     pick_device,
     pick_dtype,
-    positive,
-    seed_number,
-    share,
-    words,
     write_whole,
 )
 from data import open_source
+from flags import SIZES, parse_args
 from flow import flow_loss, sample_time
 from llm import FrozenLLM
 from loading import load_llm
 from model import ExpertBlock, ImageExpert
-from patches import PATCHERS, Conv
+from patches import Conv
 from sample import draw, to_tensor
 
-EMA_DECAY = 0.999  # of the weights' moving average, which is what is saved to draw with
-TIME_MEAN = -0.4  # of the logit-normal time at 32 pixels: below zero it leans to the noise
 TIME_STD = 1.0
 LARGEST_GRADIENT = 1.0  # a gradient's norm is clipped to this
 LOOK_AHEAD = 32  # steps whose captions go to the LLM together
@@ -420,155 +412,7 @@ def draw_samples(run: Run) -> Path:
 
 
 # -------------------------------------------------------------------------------------------------
-# flags
-
-SIZES = {  # --size -> width and depth; there are as many heads as make twice the width
-    "tiny": {"width": 128, "depth": 6},
-    "small": {"width": 256, "depth": 9},
-    "base": {"width": 512, "depth": 12},
-}
-RECIPES = {  # what a source or a tower changes in the defaults
-    "emoji": {  # of a name, the LLM knows most once it is asked to translate it
-        "template": '"{}" in English: "',
-        "read": "after",
-        "layers": "0.85",
-        "weight_decay": 1.0,
-        "steps": 4500,
-    },
-    "mirror": {"lr": 3e-4},
-}
-NOT_FOR_MIRROR = ("size", "width", "heads", "depth", "layers")  # it has the LLM's
-
-
-def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> argparse.Namespace:
-    """The command line, parsed twice: --data, --bridge, --from and --resume of the first pass
-    decide what the defaults of the second are (RECIPES, the expert's own, the stored settings)."""
-    parser = make_parser()
-    plain = parser.parse_args(argv)
-    source = data_form(plain.data)[0]
-    origin = {}
-    if plain.start:
-        from extras.starting import check_flags, flags_of
-
-        origin = flags_of(plain)
-    bridge = colon_form(origin.get("bridge", plain.bridge), flag="--bridge")[0]
-    if not plain.resume:  # then the stored ones count
-        check_belongings(parser, plain, bridge)
-    check_forms(plain)
-    parser.set_defaults(**RECIPES.get(source, {}) | RECIPES.get(bridge, {}))
-    parser.set_defaults(**origin)
-    parser.set_defaults(**(stored or {}))
-    args = parser.parse_args(argv)
-    if origin:
-        check_flags(args, origin)
-    args.patch = args.patch or min(16, max(1, args.image_size // 4))
-    if args.time_mean is None:
-        args.time_mean = time_mean(args.image_size)
-    if not args.out:
-        args.out = default_out(args, parser, bridge)
-    if args.batch_size % args.draws:
-        raise ValueError(f"--batch-size {args.batch_size} does not divide by --draws {args.draws}")
-    return args
-
-
-def time_mean(image_size: int) -> float:
-    """Twice the side is four times the pixels, whose average shows through twice the noise: the
-    odds t / (1 - t) at which a picture is decided are halved (Esser et al. 2024, eq. 23)."""
-    return TIME_MEAN - math.log(image_size / 32)
-
-
-def check_belongings(parser: OneLineParser, args: argparse.Namespace, bridge: str) -> None:
-    """ValueError for a flag that means nothing to the tower that is asked for."""
-    unused = {"mot": (), "mirror": NOT_FOR_MIRROR}.get(bridge, ("layers",))
-    for name in unused:
-        if getattr(args, name) != parser.get_default(name):
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is not for --bridge {bridge}: leave it out")
-
-
-def check_forms(args: argparse.Namespace) -> None:
-    """ValueError for what is wrong in --bridge and --read, before anything is loaded."""
-    if args.bridge != "mot":
-        from extras.bridges import OPTIONS
-
-        colon_form(args.bridge, OPTIONS, "--bridge")
-    if args.read:
-        from extras.thinking import READ
-
-        colon_form(args.read, READ, "--read")
-
-
-def default_out(args: argparse.Namespace, parser: OneLineParser, bridge: str) -> str:
-    """runs/, the name of the data and, if another is asked for, of the LLM and the bridge."""
-    name, options = data_form(args.data)
-    names = [name]
-    if "parts" in options:
-        names = name.split(",")
-    parts = [Path(name).resolve().name for name in names]
-    if args.llm != parser.get_default("llm"):
-        parts.append(Path(args.llm).name)
-    if args.random_llm:
-        parts.append("random-llm")
-    if bridge != "mot":
-        parts.append(bridge)
-    if args.start:
-        parts.append("from-" + Path(args.start).resolve().name)
-    return "runs/" + "-".join(parts)
-
-
-def make_parser() -> OneLineParser:
-    parser = OneLineParser(
-        description="Train an image expert on a frozen LLM.",
-    )
-    add = parser.add_argument_group("what is learned").add_argument
-    data = "shapes, shapes:one-object, emoji, a folder; several with commas: shapes,emoji"
-    add("--data", default="shapes", help=data)
-    add("--image-size", type=between(1, 16384, int), default=64, help="side in pixels")
-    tokens = "side of an image token in pixels (default: 16, or a quarter of a small picture)"
-    add("--patch", type=positive(int), help=tokens)
-    add("--patcher", default="unet", choices=PATCHERS, help="from pixels to tokens and back")
-    add("--prediction", default="clean", choices=["clean", "velocity"], help="the head's output")
-    add("--bridge", default="mot", help="mot, shared attention, or one of extras/bridges.py")
-
-    add = parser.add_argument_group("how long").add_argument
-    add("--steps", type=positive(int), default=3200, help="optimizer steps")
-    add("--batch-size", type=positive(int), default=64, help="pictures a step")
-    add("--draws", type=positive(int), default=4, help="of these, pictures of each caption")
-    add("--lr", type=positive(float), default=2e-3, help="peak learning rate")
-    add("--warmup", type=positive(int), default=200, help="steps in which it rises")
-    add("--weight-decay", type=between(0, 1000), default=0.01, help="of all weights")
-    add("--caption-dropout", type=share, default=0.1, help="share trained on the empty prompt")
-
-    add = parser.add_argument_group("size of the expert").add_argument
-    add("--size", default="small", choices=SIZES, help="one dial for width, depth and heads")
-    add("--width", type=positive(int), help="(default: the size's)")
-    add("--depth", type=positive(int), help="(default: the size's, or the LLM's if that is less)")
-    add("--heads", type=positive(int), help="(default: as many as make twice the width)")
-
-    add = parser.add_argument_group("LLM").add_argument
-    add("--llm", default="gemma-3-270m", help="Hub id, local folder, .gguf file, or gemma-3-270m")
-    add("--random-llm", action="store_true", help="the control: fresh weights from the seed")
-    layers = "that the expert reads: all, lower, middle, upper, 13,15,17, 6-11, or a share, 0.85"
-    add("--layers", default="middle", help=layers)
-    add("--template", type=words, default="{}", help="what it reads; {} is the caption")
-    add("--read", help="after, chat, think:40, rewrite, ...: see extras/thinking.py")
-    add("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--out", help="its folder (default: runs/ and the name of the data)")
-    start = "a new run from this expert's weights and architecture: a run's folder or a Hub id"
-    add("--from", dest="start", metavar="CKPT", help=start)
-    add("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    add("--seed", type=seed_number, default=0, help="of the weights, the data and the noise")
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    dtypes = ["auto", "float32", "bfloat16"]
-    add("--dtype", default="auto", choices=dtypes, help="of the LLM and of autocast")
-    add("--compile", action="store_true", help="torch.compile the expert")
-    add("--sample-every", type=positive(int), default=1000, help="steps between grids of samples")
-    add("--save-every", type=positive(int), default=500, help="steps between checkpoints")
-    # no flags, and yet a run keeps them: it goes on with what it began with
-    parser.set_defaults(ema=EMA_DECAY, time_mean=None)
-    return parser
+# the command
 
 
 def settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict]:

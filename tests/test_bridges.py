@@ -26,6 +26,7 @@ from extras.bridge_llm import BridgeLLM, FrozenEncoder, any_class
 from extras.bridges import BRIDGES, OPTIONS, build, count_parameters, llm_options
 from extras.mirror import MirrorTower
 from extras.thinking import Thinking, with_reading
+from flags import RECIPES
 from inspection import fingerprint
 from llm import FrozenLLM
 from loading import load_llm
@@ -120,7 +121,7 @@ def test_training_resumes_and_the_llm_stays(llm_folder, tmp_path):
     flags += ["--steps", "4", "--save-every", "2", "--out"]
     train.main([*flags, str(tmp_path / "whole")])
     run = train.prepare(*train.settings([*flags, str(tmp_path / "halves")]))
-    assert isinstance(run.expert, MirrorTower) and run.args.lr == train.RECIPES["mirror"]["lr"]
+    assert isinstance(run.expert, MirrorTower) and run.args.lr == RECIPES["mirror"]["lr"]
     before = fingerprint(run.llm.model)
     check_what_is_optimized(run)
     tables = [p for p in run.expert.parameters() if p.shape[0] == 300]

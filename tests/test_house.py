@@ -35,7 +35,8 @@ KNOWS = {  # the core, and what each of its files may import at its top
     "model": "attention flow inspection llm patches",
     "checkpoint": "cli inspection llm loading model",
     "sample": "cli flow inspection llm loading model checkpoint",
-    "train": "checkpoint cli data flow inspection llm loading model patches sample",
+    "flags": "cli patches",
+    "train": "checkpoint cli data flags flow inspection llm loading model patches sample",
     "evaluate": "checkpoint cli data llm model sample extras.colors extras.intervals extras.judge",
 }
 LINES = {  # at most; what DESIGN calls the core, then its helpers
@@ -45,12 +46,13 @@ LINES = {  # at most; what DESIGN calls the core, then its helpers
     "model": 370,
     "patches": 175,
     "data": 470,
-    "train": 590,
+    "train": 430,
+    "flags": 180,
     "sample": 335,
     "evaluate": 380,
     "checkpoint": 345,
     "inspection": 350,
-    "loading": 375,
+    "loading": 395,
     "cli": 545,
 }
 EXTRA_LINES = 385
