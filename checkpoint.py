@@ -160,9 +160,13 @@ def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Nam
             from extras.older_runs import in_new_words
 
             stored = in_new_words(stored)
-        stored.setdefault("patcher", "linear")  # the only one that older runs knew
+        config = json.loads(metadata["config"])
+        if "patcher" not in stored:  # an older run: there was one patcher, and --size meant others
+            stored["patcher"] = "linear"
+            if "text_layers" in config:
+                stored |= {"width": config["width"], "depth": len(config["text_layers"])}
         stored = vars(parse_args(["--out", args.out], stored))
-        json.loads(metadata["config"])["made_for"]
+        config["made_for"]
         int(metadata["step"])
     except (KeyError, TypeError, ValueError) as error:
         why = f"{type(error).__name__}: {error}"

@@ -11,8 +11,8 @@ EMA_DECAY = 0.999  # of the weights' moving average, which is what is saved to d
 TIME_MEAN = -0.4  # of the logit-normal time at 32 pixels: below zero it leans to the noise
 
 SIZES = {  # --size -> width and depth; there are as many heads as make twice the width
-    "tiny": {"width": 128, "depth": 6},
-    "small": {"width": 256, "depth": 9},
+    "tiny": {"width": 256, "depth": 6},
+    "small": {"width": 384, "depth": 9},
     "base": {"width": 512, "depth": 12},
 }
 RECIPES = {  # what a source or a tower changes in the defaults
@@ -128,7 +128,7 @@ def make_parser() -> OneLineParser:
     add("--caption-dropout", type=share, default=0.1, help="share trained on the empty prompt")
 
     add = parser.add_argument_group("size of the expert").add_argument
-    add("--size", default="small", choices=SIZES, help="one dial for width, depth and heads")
+    add("--size", default="tiny", choices=SIZES, help="one dial for width, depth and heads")
     add("--width", type=positive(int), help="(default: the size's)")
     add("--depth", type=positive(int), help="(default: the size's, or the LLM's if that is less)")
     add("--heads", type=positive(int), help="(default: as many as make twice the width)")
