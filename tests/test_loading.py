@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_families import Letters, tiny_config
 
+import loading
 import sample
 import train
 from conftest import CPU, TINY_RUN, save_tiny_instruct_llm, save_tiny_llm
@@ -487,3 +488,17 @@ def test_no_home(monkeypatch, tmp_path):
     assert user_cache() == tmp_path
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert user_cache().is_dir()
+
+
+def test_a_gguf_header_is_read_once(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    path = str(tmp_path / "header.gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    own = gguf.GGUFReader
+    with loading.header_read_once():
+        assert gguf.GGUFReader(path) is gguf.GGUFReader(path)
+    assert gguf.GGUFReader is own
