@@ -161,8 +161,10 @@ def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Nam
 
             stored = in_new_words(stored)
         config = json.loads(metadata["config"])
-        if "patcher" not in stored:  # an older run: there was one patcher, and --size meant others
+        if "patcher" not in stored:  # an older run: other defaults, and --size meant other sizes
             stored["patcher"] = "linear"
+            if stored["data"] == "shapes":
+                stored["data"] = "shapes:colored"
             if "text_layers" in config:
                 stored |= {"width": config["width"], "depth": len(config["text_layers"])}
         stored = vars(parse_args(["--out", args.out], stored))

@@ -346,7 +346,8 @@ _OUTLINES = {  # corners in units of the radius, y downward
 class Shapes:
     """Scenes of one to four coloured shapes with English captions, drawn on the fly.
 
-    one_object: a single shape in each.
+    one_object: a single shape in each. colored: two to four of a kind have their colour named as
+    often as anything else; else half of such captions leave it open ("three stars").
     """
 
     prompts = (
@@ -356,11 +357,18 @@ class Shapes:
         "a ring that is purple",
     )
 
-    def __init__(self, image_size: int, seed: int = 0, one_object: bool = False):
+    def __init__(
+        self, image_size: int, seed: int = 0, one_object: bool = False, colored: bool = False
+    ):
         self.image_size = image_size
         self.seed = seed
         self.one_object = one_object
-        self.made_for = {"one_object": True} if one_object else {}
+        self.colored = colored
+        self.made_for = {}
+        if one_object:
+            self.made_for["one_object"] = True
+        if colored:
+            self.made_for["colored"] = True
 
     def about(self) -> str:
         what = "one coloured shape" if self.one_object else "coloured shapes"
@@ -401,6 +409,9 @@ class Shapes:
                 relation = str(rng.choice(list(RELATIONS)))
             # a scene without any colour word, or a group here and there
             colorless = 1.0 if rng.random() < 0.12 else 0.04
+            of_a_kind = len(counts) == 1 and counts[0] > 1
+            if of_a_kind and not self.colored and rng.random() < 0.5:
+                colorless = 1.0  # they must agree on one
             groups = tuple([self._group(count, colorless, rng) for count in counts])
             scene = Scene(groups, relation)
             if not _look_alike(groups) and not scene.is_held_out():
@@ -433,7 +444,7 @@ def _look_alike(groups: tuple[Group, ...]) -> bool:
 def open_source(name: str, image_size: int, seed: int = 0, **options):
     """A name, "shapes" or "emoji", or a folder's path -> a source of examples.
 
-    options: one_object of the shapes; font (a file), variants and no_shapes of the emoji; or
+    options: one_object and colored of the shapes; font (a file), variants and no_shapes of the emoji; or
     `parts`, of several sources their names and options (see cli.data_form). ValueError for a source
     that is not there, or an option that it has not.
     """
@@ -442,7 +453,7 @@ def open_source(name: str, image_size: int, seed: int = 0, **options):
 
         return Mixed(options["parts"], image_size, seed)
     of_emoji = {"font": str | None, "variants": bool, "no_shapes": bool}
-    kinds = {"shapes": {"one_object": bool}, "emoji": of_emoji}
+    kinds = {"shapes": {"one_object": bool, "colored": bool}, "emoji": of_emoji}
     known = kinds.get(name, {})
     if not known and not Path(name).is_dir():
         expected = "shapes, emoji, or an existing folder of captioned pictures"

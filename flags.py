@@ -119,7 +119,7 @@ def make_parser() -> OneLineParser:
     add("--bridge", default="mot", help="mot, shared attention, or one of extras/bridges.py")
 
     add = parser.add_argument_group("how long").add_argument
-    add("--steps", type=positive(int), default=3200, help="optimizer steps")
+    add("--steps", type=positive(int), default=2800, help="optimizer steps")
     add("--batch-size", type=positive(int), default=64, help="pictures a step")
     add("--draws", type=positive(int), default=4, help="of these, pictures of each caption")
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate")
@@ -152,8 +152,8 @@ def make_parser() -> OneLineParser:
     dtypes = ["auto", "float32", "bfloat16"]
     add("--dtype", default="auto", choices=dtypes, help="of the LLM and of autocast")
     add("--compile", action="store_true", help="torch.compile the expert")
-    add("--sample-every", type=positive(int), default=1000, help="steps between grids of samples")
-    add("--save-every", type=positive(int), default=500, help="steps between checkpoints")
+    add("--sample-every", type=positive(int), default=500, help="steps between grids of samples")
+    add("--save-every", type=positive(int), default=250, help="steps between checkpoints")
     # no flags, and yet a run keeps them: it goes on with what it began with
     parser.set_defaults(ema=EMA_DECAY, time_mean=None)
     return parser

@@ -122,7 +122,7 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
         time = self.embed_time(timestep_embedding(1000 * t, 256))  # (B, D)
         modulation = self.modulation(time).view(len(t), -1, 1, self.width)  # (B, 6 L + 2, 1, D)
         *per_block, last = modulation.split([6] * len(self.blocks) + [2], dim=1)
-        img, skips = self.patcher.encode(x_t, time)  # (B, N, D)
+        img, skips = self.patcher.encode(x_t, t, time)  # (B, N, D)
         rows = x_t.shape[2] // self.patch
         columns = x_t.shape[3] // self.patch
         img = img + sincos_2d(rows, columns, self.width, x_t.device).to(img.dtype)

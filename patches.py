@@ -26,13 +26,19 @@ class LinearPatcher(nn.Module):
         self.head = nn.Linear(width, channels * patch**2)
         start_at_zero(self.head)
 
-    def encode(self, x_t: Tensor, time: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """x_t (B, C, height, width), time (B, D) -> tokens (B, N, D), and no skips."""
+    def encode(self, x_t: Tensor, t: Tensor, time: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """x_t (B, C, height, width), t (B,), time (B, D) -> tokens (B, N, D), and no skips."""
         return self.embed(patchify(x_t, self.patch)), []
 
     def decode(self, img: Tensor, skips: list[Tensor], time: Tensor, size: tuple) -> Tensor:
         """Tokens (B, N, D) -> (B, C, height, width), of this size."""
         return unpatchify(self.head(img), self.patch, *size)
+
+
+# From this t on the skips are whole; below, they fade away. Near the noise, where it is decided
+# what is drawn, they would let each place decide from its own noise alone: four hearts of no named
+# colour got four colours. Without them what the tokens agree on decides.
+FULL_SKIPS = 0.3
 
 
 class UNetPatcher(nn.Module):
@@ -42,7 +48,7 @@ class UNetPatcher(nn.Module):
     The largest size has half of the picture's side: 2 x 2 pixels are one place of 4 C channels,
     which takes less than half of the time of convolutions over single pixels. Channels double from
     size to size, up to 3/8 of the expert's width. Deviations from LMFusion: convolutions alone, one
-    a size and way; skips are added, not appended.
+    a size and way; skips are added, not appended, and faded out near the noise.
     """
 
     def __init__(self, width: int, patch: int, channels: int):
@@ -72,15 +78,16 @@ class UNetPatcher(nn.Module):
         self.last = nn.Conv2d(sizes[0], pixel_channels, 3, padding=1)
         start_at_zero(self.last)
 
-    def encode(self, x_t: Tensor, time: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """x_t (B, C, height, width), time (B, D) -> tokens (B, N, D), and the skips: what each size
-        has seen, the largest first."""
+    def encode(self, x_t: Tensor, t: Tensor, time: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """x_t (B, C, height, width), t (B,), time (B, D): the embedding of t -> tokens (B, N, D),
+        and the skips: what each size has seen, the largest first."""
+        faded = (t / FULL_SKIPS).clamp(max=1).square().view(-1, 1, 1, 1)
         x = self.first(F.pixel_unshuffle(x_t, self.pixels))
         x = self.down[0](x, time)
-        skips = [x]
+        skips = [x * faded]
         for shrink, block in zip(self.shrink, self.down[1:]):
             x = block(shrink(F.pixel_unshuffle(x, 2)), time)
-            skips.append(x)
+            skips.append(x * faded)
         x = self.embed(F.pixel_unshuffle(x, self.places))  # (B, D, rows, columns) of tokens
         return x.flatten(2).transpose(1, 2), skips
 

@@ -99,7 +99,7 @@ class MirrorTower(ImageExpert):
         rows = x_t.shape[2] // self.patch
         columns = x_t.shape[3] // self.patch
         time = self.embed_time(timestep_embedding(1000 * t, 256))  # (B, D)
-        img, skips = self.patcher.encode(x_t, time)  # (B, N, D)
+        img, skips = self.patcher.encode(x_t, t, time)  # (B, N, D)
         img = img + time[:, None]
         img = img + sincos_2d(rows, columns, self.width, x_t.device).to(img.dtype)
         out = self.patcher.decode(self.decode(img, context), skips, time, x_t.shape[2:])

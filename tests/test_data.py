@@ -101,19 +101,35 @@ def test_the_stream_is_a_function_of_seed_and_index():
     assert [a.example(i, 1)[0] for i in range(20)] != [other.example(i, 1)[0] for i in range(20)]
 
 
-def test_the_stream_is_what_it_was():
+@pytest.mark.parametrize(
+    "colored, expected", [(True, "826d7e262fc1593f"), (False, "33ed79454fb5d2b7")]
+)  # colored: the shapes of before
+def test_the_stream_is_what_it_was(colored, expected):
     """Runs of before go on, and results can be made again: a hash of captions and of what is drawn,
     not of its pixels, which are Pillow's."""
     digest = hashlib.sha256()
     for one_object in (False, True):
-        source = Shapes(16, seed=5, one_object=one_object)
+        source = Shapes(16, seed=5, one_object=one_object, colored=colored)
         for i in range(300):
             caption, scene, rng = source.caption(i)
             digest.update(caption.encode())
             for thing in lay_out(scene, rng):
                 place = [round(float(value), 4) for value in (thing.x, thing.y, thing.radius)]
                 digest.update(repr((thing.shape, thing.rgb, place)).encode())
-    assert digest.hexdigest()[:16] == "826d7e262fc1593f"
+    assert digest.hexdigest()[:16] == expected
+
+
+def test_things_of_a_kind_often_have_no_named_colour():
+    """And have one colour all the same."""
+    for colored, low, high in ((False, 0.45, 0.7), (True, 0.08, 0.25)):
+        source = Shapes(8, 0, colored=colored)
+        open_ones = []
+        for i in range(3000):
+            _, scene, rng = source.caption(i)
+            if len(scene.groups) == 1 and scene.groups[0].count > 1:
+                open_ones.append(scene.groups[0].color is None)
+                assert len({thing.rgb for thing in lay_out(scene, rng)}) == 1
+        assert low < sum(open_ones) / len(open_ones) < high
 
 
 def test_one_object_is_one_object():

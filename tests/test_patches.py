@@ -6,6 +6,9 @@ import torch
 from patches import PATCHERS, patchify, split_patch, unpatchify
 
 
+T = torch.tensor([0.5], dtype=torch.float64)  # of all pictures of a batch
+
+
 def patcher_of(kind: str, patch: int, width: int = 32, loud: bool = True):
     """A patcher in float64, in which nothing is zero if it is loud."""
     torch.manual_seed(0)
@@ -17,7 +20,7 @@ def patcher_of(kind: str, patch: int, width: int = 32, loud: bool = True):
 
 
 def there_and_back(patcher, x_t, time):
-    img, skips = patcher.encode(x_t, time)
+    img, skips = patcher.encode(x_t, T, time)
     return patcher.decode(img, skips, time, x_t.shape[2:])
 
 
@@ -47,7 +50,7 @@ def test_any_patch_and_any_picture_that_divides(kind, patch):
     """Also one that is no square: a token for each patch, row by row, and pixels like x_t."""
     patcher = patcher_of(kind, patch)
     x_t, time = inputs(patch)
-    img, skips = patcher.encode(x_t, time)
+    img, skips = patcher.encode(x_t, T, time)
     assert img.shape == (2, 6, 32)
     out = patcher.decode(img, skips, time, x_t.shape[2:])
     assert out.shape == x_t.shape and out.isfinite().all() and out.std() > 0
@@ -84,7 +87,7 @@ def reach(kind: str) -> torch.Tensor:
     """How much each pixel out of 3 x 3 patches of 8 x 8 changes with the token in the middle."""
     patcher = patcher_of(kind, 8)
     x_t, time = inputs(8, rows=3, columns=3, batch=1)
-    img, skips = patcher.encode(x_t, time)
+    img, skips = patcher.encode(x_t, T, time)
     other = img.clone()
     other[:, 4] += 1
     before = patcher.decode(img, skips, time, x_t.shape[2:])
@@ -107,8 +110,8 @@ def test_the_skips_carry_what_the_way_in_has_seen():
     for kind, expected in (("linear", False), ("unet", True)):
         patcher = patcher_of(kind, 16)
         x_t, time = inputs(16)
-        img, skips = patcher.encode(x_t, time)
-        _, other_skips = patcher.encode(x_t.flip(3), time)
+        img, skips = patcher.encode(x_t, T, time)
+        _, other_skips = patcher.encode(x_t.flip(3), T, time)
         one = patcher.decode(img, skips, time, x_t.shape[2:])
         other = patcher.decode(img, other_skips, time, x_t.shape[2:])
         assert bool((one - other).abs().amax() > 1e-3) is expected
