@@ -81,8 +81,8 @@ class UNetPatcher(nn.Module):
     def encode(self, x_t: Tensor, t: Tensor, time: Tensor) -> tuple[Tensor, list[Tensor]]:
         """x_t (B, C, height, width), t (B,), time (B, D): the embedding of t -> tokens (B, N, D),
         and the skips: what each size has seen, the largest first."""
-        faded = (t / FULL_SKIPS).clamp(max=1).square().view(-1, 1, 1, 1)
         x = self.first(F.pixel_unshuffle(x_t, self.pixels))
+        faded = (t / FULL_SKIPS).clamp(max=1).square().view(-1, 1, 1, 1).to(x.dtype)
         x = self.down[0](x, time)
         skips = [x * faded]
         for shrink, block in zip(self.shrink, self.down[1:]):
