@@ -29,7 +29,7 @@ import numpy as np
 from checkpoint import SHIPPED, load_expert, pick_checkpoint, step_of_run
 from cli import (
     OneLineParser,
-    between,
+    guidance_form,
     make_folder,
     one_line_errors,
     pick_device,
@@ -123,7 +123,7 @@ def evaluate_suites(
         drawn = []
         shown = {}
         for run in runs:
-            pictures = draw(run.expert, run.llm, texts, seeds, args.steps, args.guidance)
+            pictures = draw(run.expert, run.llm, texts, seeds, args.steps, *args.guidance)
             grades = list(map(grade, prompts, pictures))
             drawn.append((run.name, pictures, grades))
             scores = summarize(suite, prompts, grades)
@@ -326,7 +326,7 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
     add("--n", type=positive(int), default=1, help="pictures of each prompt")
     add("--limit", type=positive(int), help="only the first so many prompts of each row")
     add("--steps", type=positive(int), default=24, help="Euler steps")
-    add("--guidance", type=between(-1000, 1000), default=3.0, help="guidance scale; 1 is none")
+    add("--guidance", type=guidance_form, default="3", help="as sample.py takes it")
     noise = "of the noise: picture k of all starts from seed + k"
     add("--seed", type=seed_number, default=0, help=noise)
     add("--device", default="auto", help="auto, cpu, cuda, mps")

@@ -29,6 +29,7 @@ import torch
 
 from checkpoint import load_expert, pick_checkpoint
 from cli import (
+    GUIDED_FROM,
     OneLineParser,
     captioned_grid,
     guidance_form,
@@ -61,7 +62,7 @@ def draw(
     seeds: list[int],
     steps: int = 24,
     guidance: float = 3.0,
-    interval: tuple[float, float] = (0.0, 1.0),
+    interval: tuple[float, float] = (GUIDED_FROM, 1.0),
     renorm: bool = False,
     batch_size: int = AT_ONCE,
     watch: Callable | None = None,
@@ -169,7 +170,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--n", type=positive(int), help="pictures of each prompt (default: 1, or the benchmark's)")
     add("--seed", type=seed_number, default=0, help="picture k starts from the noise of seed + k")
     add("--steps", type=positive(int), default=24, help="Euler steps")
-    scale = "scale; 1 is none; 3:from=0.2:to=0.8 while t is between these; 3:renorm (flow.guide)"
+    scale = "scale; 1 is none; 3:from=0:to=0.8 while t is between these; 3:renorm (flow.guide)"
     add("--guidance", type=guidance_form, default="3", help=scale)
     add("--out", default="samples", help="folder for the pictures, or the file of a single one")
 

@@ -27,7 +27,8 @@ def test_an_old_checkpoint_draws_the_same(folder, llm_folder):
     expert = load_expert(str(folder), CPU)
     assert expert.made_for["llm"] == "tiny-qwen2", "which lies elsewhere now"
     llm = llm_of(expert, str(llm_folder("qwen2")), CPU, torch.float32)
-    drawn = np.hstack(draw(expert, llm, PROMPTS, SEEDS, steps=4)).astype(int)
+    as_then = {"steps": 4, "interval": (0.0, 1.0)}  # guidance from the noise on
+    drawn = np.hstack(draw(expert, llm, PROMPTS, SEEDS, **as_then)).astype(int)
     then = np.asarray(Image.open(folder / "drawn.png")).astype(int)
     assert then.shape == (16, 4 * 16, 3)
     difference = abs(drawn - then).max()
@@ -35,7 +36,7 @@ def test_an_old_checkpoint_draws_the_same(folder, llm_folder):
 
     # with another caption it would not be: what was read reaches the picture
     if folder.name != "mot":
-        other = np.hstack(draw(expert, llm, PROMPTS[::-1], SEEDS, steps=4)).astype(int)
+        other = np.hstack(draw(expert, llm, PROMPTS[::-1], SEEDS, **as_then)).astype(int)
         assert abs(other - then).max() > 10, folder.name
 
 

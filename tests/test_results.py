@@ -109,6 +109,24 @@ def default_scores() -> list[list[str]]:
     return rows
 
 
+def unets() -> list[list[str]]:
+    rows = []
+    for run in read("unet")["runs"].values():
+        cells = []
+        for step in ("200", "500", "700"):
+            loss = run["loss"].get(step)
+            cells.append("" if loss is None else f"{loss:.3f}")
+        rows.append(cells)
+    return rows
+
+
+def agreement() -> list[list[str]]:
+    rows = []
+    for errors in read("unet")["agreement"].values():
+        rows.append([f"{error:.2f}" for error in errors])
+    return rows
+
+
 def prediction() -> list[list[str]]:
     rows = []
     for name in ("clean", "velocity"):
@@ -363,6 +381,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("README.md", "Is my run right?"): [default_run],
     ("README.md", "What it shows"): [headline],
     ("RESULTS.md", "What does the default run learn?"): [default_scores],
+    ("RESULTS.md", "Which U-Net?"): [unets, agreement],
     ("RESULTS.md", "Should the network predict the clean picture or the velocity?"): [prediction],
     ("RESULTS.md", "Does the LLM's knowledge reach the picture?"): [suites, each_language],
     ("RESULTS.md", "Does the LLM not know it, or does the expert not hear it?"): [probe],
