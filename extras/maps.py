@@ -197,7 +197,7 @@ def style(i: int) -> tuple[str, str]:
 def draw_line(axes, points, i: int, marker: str = "o") -> None:
     """points: (x, y) each."""
     color, dash = style(i)
-    places = np.array(list(points), dtype=float).reshape(-1, 2)
+    places = np.array(list(points), np.float64).reshape(-1, 2)
     axes.plot(*places.T, color=color, linestyle=dash, linewidth=1.8, marker=marker, markersize=4)
 
 

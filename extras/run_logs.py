@@ -40,7 +40,7 @@ def read_run(folder: Path, name: str) -> RunLog:
     lines = read_lines(folder / "metrics.jsonl")
     pictures = pictures_a_step(folder, lines)
     steps = [line["step"] for line in lines]
-    images = pictures * np.array(steps, dtype=float)
+    images = pictures * np.array(steps, dtype=np.float64)
 
     # a bin of t that had no picture says 0
     bins = max(len(values_of(line, "loss_by_t")) for line in lines)

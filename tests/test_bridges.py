@@ -39,7 +39,7 @@ CAPTIONS = ["a red circle", "the heart is to the left of the gold ring", ""]
 def beside(llm, **options) -> MirrorTower:
     """A mirrored tower whose head says something (a new one is silent)."""
     tower = MirrorTower.beside(llm, patch=4, image_size=16, **options)
-    torch.nn.init.normal_(tower.head.weight, std=0.1)
+    torch.nn.init.normal_(tower.patcher.last.weight, std=0.1)
     return tower
 
 
@@ -268,7 +268,8 @@ def test_what_the_text_takes_is_done_once_for_a_drawing(tiny_llm, monkeypatch):
         return make_text(context)
 
     monkeypatch.setattr(tower, "make_text", watch)
-    draw(tower, llm, ["a red circle", "a red circle", "two"], [0, 1, 2], steps=5)
+    always = (0.0, 1.0)  # guidance in every step
+    draw(tower, llm, ["a red circle", "a red circle", "two"], [0, 1, 2], 5, interval=always)
     assert calls == [3], "the distinct captions, and the empty prompt of guidance"
 
 

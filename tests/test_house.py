@@ -50,10 +50,10 @@ LINES = {  # at most; what DESIGN calls the core, then its helpers
     "flags": 165,
     "sample": 335,
     "evaluate": 380,
-    "checkpoint": 345,
+    "checkpoint": 350,
     "inspection": 350,
     "loading": 395,
-    "cli": 545,
+    "cli": 550,
 }
 EXTRA_LINES = 385
 FUNCTION_LINES = 60

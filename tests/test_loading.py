@@ -185,7 +185,9 @@ def test_shared_attention_does_not_saturate_beside_keys_with_large_biases(tmp_pa
         model.save_pretrained(tmp_path / str(large))
         llm = load_llm(str(tmp_path / str(large)), CPU, torch.float32)
         torch.manual_seed(0)
-        expert = ImageExpert.beside(llm, 32, 2, 4, "all", patch=4, image_size=16)
+        expert = ImageExpert.beside(
+            llm, 32, 2, 4, "all", patch=4, image_size=16, patcher="linear"
+        )
         assert bool(expert.config["text_gains"]) == large
         expert.attach(llm)
         assert saturated(expert, llm, captions) == 0

@@ -44,7 +44,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "extras.probe": "--steps 1 --limit 1",
     "extras.probe --llm": f"--llm {TINY} --limit 1",
     "extras.race": f"--llm {TINY} --seeds 0 --minutes 0.001 --suite geneval --steps 1 --limit 1 "
-    "--batch-size 8 --width 64",
+    "--batch-size 8 --width 64 --depth 3",
     "extras.agreement": "--n 2",
     "extras.bench": f"--llm {TINY} --seconds 0.001 --batch-size=8",
 }

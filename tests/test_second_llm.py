@@ -69,4 +69,4 @@ def test_it_trains_draws_and_rewrites_in_its_own_chat_template(gguf, tmp_path, c
     lines = capsys.readouterr().out.splitlines()
     said = [line for line in lines if line.startswith("a red circle -> ")]
     assert len(said) == 1 and len(said[0]) > len("a red circle -> ")
-    assert Image.open(tmp_path / "drawn" / "000-a-red-circle-seed0.png").size == (32, 32)
+    assert Image.open(tmp_path / "drawn" / "000-a-red-circle-seed0.png").size == (64, 64)

@@ -70,7 +70,7 @@ def test_two_seeds_differ_in_everything(llm_folder, tmp_path, monkeypatch):
     flags += ["--caption-dropout", "0.5", "--steps", 2]
     for seed in (0, 1):
         run = start(*flags, "--seed", seed, "--out", tmp_path / str(seed), "--batch-size", 30)
-        seen[seed] = {"weights": run.expert.embed.weight.detach().clone()}
+        seen[seed] = {"weights": run.expert.patcher.first.weight.detach().clone()}
         steps(run, 1)
     for name in ("weights", "data", "noise", "time", "dropout"):
         assert not torch.equal(seen[0][name], seen[1][name]), f"--seed does not reach the {name}"
@@ -143,11 +143,11 @@ def test_the_average_and_a_drawing_keep_no_graph(bridge, llm_folder, tmp_path, m
     seen = []
     euler_sample = sample.euler_sample
 
-    def watch(predict, noise, context, *args):
+    def watch(predict, noise, context, *args, **options):
         both = context.concat(context)
         predict(torch.cat([noise, noise]), torch.zeros(2 * len(noise)), both)
         seen.append(both)
-        return euler_sample(predict, noise, context, *args)
+        return euler_sample(predict, noise, context, *args, **options)
 
     monkeypatch.setattr(sample, "euler_sample", watch)
     sample.draw(run.expert, run.llm, ["a red circle"], [0], steps=1)

@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_run, tmp_path):
     checkpoint.save_run(run)
     before = (tmp_path / "run" / "train_state.safetensors").read_bytes()
     with torch.no_grad():
-        run.expert.head.weight[0, 0] = float("nan")
+        run.expert.patcher.last.weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="not finite at step 3"):
         steps(run, 1)
     assert (tmp_path / "run" / "train_state.safetensors").read_bytes() == before
