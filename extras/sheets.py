@@ -93,7 +93,7 @@ def enlarge(picture: np.ndarray, least: int) -> np.ndarray:
 
 def heat(values: np.ndarray) -> np.ndarray:
     """Numbers from 0 to 1, (height, width) -> colours from dark to bright, (height, width, 3)."""
-    colors = np.array(HEAT, dtype=float)
+    colors = np.array(HEAT, dtype=np.float64)
     places = np.linspace(0, 1, len(colors))
     values = values.clip(0, 1)
     channels = [np.interp(values, places, colors[:, c]) for c in range(3)]
