@@ -10,6 +10,8 @@ noise is Gaussian).
 """
 
 if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line
+    if not __package__:
+        raise SystemExit("run it from the repository: python -m extras.agreement")
     import cli
 
     cli.start()

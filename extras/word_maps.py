@@ -46,7 +46,7 @@ def attend(
 ) -> tuple[Tensor, list[Tensor]]:
     """ImageExpert.forward with the softmax written out: the same velocity, and of each block the
     weights, a mean over its heads, (B, N, T+N) in float32: text first, rows that sum to 1."""
-    img, modulations, head_modulation = expert.tokens_of(x_t, t)  # (B, N, D)
+    img, modulations, way_out = expert.tokens_of(x_t, t)  # (B, N, D)
     T = context.keys[0].shape[2]
     mask = text_mask(context.lengths, T, img.shape[1])
     seen = []
@@ -61,7 +61,7 @@ def attend(
         attended = (weights.to(joint_v.dtype) @ joint_v).to(img_v.dtype)  # (B, H, N, Dv)
         img = block.finish(img, attended, m)  # (B, N, D)
         seen.append(weights.mean(dim=1))
-    return expert.velocity_of(img, head_modulation, x_t, t), seen
+    return expert.velocity_of(img, way_out, x_t, t), seen
 
 
 @dataclass
@@ -93,7 +93,7 @@ class WordMaps:
 
 @torch.no_grad()
 def word_maps(expert: ImageExpert, llm: FrozenLLM, prompt: str, states: list[State]) -> WordMaps:
-    """The maps of one picture, from the states (see trajectory.Recorder) it went through."""
+    """The maps of one picture, from the states (see Windows) it went through."""
     x_t = torch.stack([state.x for state in states]).to(llm.device)  # (S, C, height, width)
     t = torch.tensor([state.t for state in states], device=llm.device)  # (S,)
     context = llm.context([prompt] * len(states))
