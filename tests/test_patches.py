@@ -106,7 +106,7 @@ def test_a_seam_is_where_no_token_reaches_over():
 
 
 def test_the_skips_carry_what_the_way_in_has_seen():
-    """With the same tokens, another picture in: the U-Net's answer changes, the linear one's not."""
+    """With the same tokens, another picture in: the U-Net's answer changes, not the linear one's."""
     for kind, expected in (("linear", False), ("unet", True)):
         patcher = patcher_of(kind, 16)
         x_t, time = inputs(16)
