@@ -139,7 +139,6 @@ def joint_weights(joint_q: Tensor, joint_k: Tensor, mask: Tensor) -> Tensor:
 MEASURED: set[tuple[int, int]] = set()
 
 
-@torch.compiler.assume_constant_result  # in a compiled graph: asked when it is made
 def wants_kernel(backend: str | None, device: torch.device) -> bool:
     """Whether to use the Triton kernel instead of SDPA: where `backend`, or JOINT_ATTENTION
     in the environment, asks for it, or else where it is MEASURED."""

@@ -278,18 +278,6 @@ def colon_form(text: str, known: dict[str, tuple] | None = None, flag: str = "")
     return name, options
 
 
-def data_form(text: str) -> tuple[str, dict]:
-    """--data -> a source's name and its options; of several with commas, their names with commas
-    and the option "parts": name and options of each. A folder's name may have colons and commas."""
-    if Path(text).is_dir():
-        return text, {}
-    if "," not in text:
-        return colon_form(text, flag="--data")
-    parts = [data_form(part) for part in text.split(",")]
-    names = [name for name, _ in parts]
-    return ",".join(names), {"parts": parts}
-
-
 # Guidance begins at this t. Nearer to the noise it would strengthen each of the pictures that are
 # still possible (two things beside and above each other), and a mixture would come out
 # (Kynkäänniemi et al. 2024).

@@ -445,7 +445,7 @@ def open_source(name: str, image_size: int, seed: int = 0, **options):
     """A name, "shapes" or "emoji", or a folder's path -> a source of examples.
 
     options: one_object and colored of the shapes; font (a file), variants and no_shapes of the
-    emoji; or `parts`, of several sources their names and options (see cli.data_form). ValueError
+    emoji; or `parts`, of several sources their names and options (see flags.data_form). ValueError
     for a source that is not there, or an option that it has not.
     """
     if "parts" in options:

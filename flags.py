@@ -4,7 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
-from cli import OneLineParser, between, colon_form, data_form, positive, seed_number, share, words
+from cli import OneLineParser, between, colon_form, positive, seed_number, share, words
 from patches import PATCHERS
 
 EMA_DECAY = 0.999  # of the weights' moving average, which is what is saved to draw with
@@ -63,6 +63,41 @@ def time_mean(image_size: int) -> float:
     """Twice the side is four times the pixels, whose average shows through twice the noise: the
     odds t / (1 - t) at which a picture is decided are halved (Esser et al. 2024, eq. 23)."""
     return TIME_MEAN - math.log(image_size / 32)
+
+
+def data_form(text: str) -> tuple[str, dict]:
+    """--data -> a source's name and its options; of several with commas, their names with commas
+    and the option "parts": name and options of each. A folder's or a file's name may have colons
+    and commas."""
+    if Path(text).is_dir():
+        return text, {}
+    sources = split_sources(text)
+    if len(sources) == 1:
+        return colon_form(text, flag="--data")
+    parts = [data_form(source) for source in sources]
+    names = [name for name, _ in parts]
+    return ",".join(names), {"parts": parts}
+
+
+def split_sources(text: str) -> list[str]:
+    """At the commas, but for those in the name of a folder or of an option's file that is there."""
+    sources = []
+    pieces = text.split(",")
+    while pieces:
+        count = len(pieces)
+        while count > 1 and not is_one_source(",".join(pieces[:count])):
+            count -= 1
+        sources.append(",".join(pieces[:count]))
+        pieces = pieces[count:]
+    return sources
+
+
+def is_one_source(text: str) -> bool:
+    """Whether its commas stand in the name of an existing folder or file."""
+    name, _, options = text.partition(":")
+    if "," in name:
+        return Path(name).is_dir()
+    return Path(options.partition("=")[2]).is_file()
 
 
 def check_belongings(parser: OneLineParser, args: argparse.Namespace, bridge: str) -> None:

@@ -33,7 +33,6 @@ from cli import (
     Locked,
     captioned_grid,
     colon_form,
-    data_form,
     it_may_have_moved,
     make_folder,
     one_line_errors,
@@ -42,7 +41,7 @@ from cli import (
     write_whole,
 )
 from data import open_source
-from flags import SIZES, parse_args
+from flags import SIZES, data_form, parse_args
 from flow import flow_loss, sample_time
 from llm import FrozenLLM
 from loading import load_llm

@@ -20,8 +20,8 @@ class Mixed:
     """Sources that take turns, each as often as its weight: example i is one of source i modulo the
     sum of the weights. What data.py asks of a source holds of them together.
 
-    parts: name and options of each, as cli.data_form gives them. ValueError for a part that is not
-    there, is there twice, or has no whole weight.
+    parts: name and options of each, as flags.data_form gives them. ValueError for a part that is
+    not there, is there twice, or has no whole weight.
     """
 
     def __init__(self, parts: list[tuple[str, dict]], image_size: int, seed: int = 0):

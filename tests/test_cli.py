@@ -23,6 +23,7 @@ from PIL import Image
 import checkpoint
 import cli
 import evaluate
+import flags
 import sample
 import train
 from conftest import save_tiny_llm
@@ -328,13 +329,13 @@ def test_what_is_no_colon_form(text):
 
 
 def test_a_folder_may_have_a_colon(tmp_path, monkeypatch):
-    assert cli.data_form("shapes:one-object") == ("shapes", {"one_object": True})
-    assert cli.data_form(r"C:\pictures") == (r"C:\pictures", {})
-    assert cli.data_form(str(tmp_path)) == (str(tmp_path), {})
+    assert flags.data_form("shapes:one-object") == ("shapes", {"one_object": True})
+    assert flags.data_form(r"C:\pictures") == (r"C:\pictures", {})
+    assert flags.data_form(str(tmp_path)) == (str(tmp_path), {})
     if os.name != "nt":
         monkeypatch.chdir(tmp_path)
         Path("shapes:one-object").mkdir()
-        assert cli.data_form("shapes:one-object") == ("shapes:one-object", {})
+        assert flags.data_form("shapes:one-object") == ("shapes:one-object", {})
 
 
 STILL_THERE = {  # the race hands to train.py what is not its own; --image is short for --image-size

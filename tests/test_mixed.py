@@ -10,7 +10,7 @@ import cli
 import evaluate
 import train
 from checkpoint import load_expert
-from cli import data_form
+from flags import data_form
 from conftest import CPU
 from data import TEST_PROMPTS, open_source
 from extras import emoji
@@ -59,6 +59,11 @@ def test_a_folder_with_commas_is_a_folder(tmp_path, monkeypatch):
     source = opened("shapes,emoji")
     assert source.prompts == ("a red field",)
     assert source.made_for == {}
+    assert opened("shapes,emoji,shapes:one-object").made_for["mixed"] == ["shapes,emoji", "shapes"]
+    font = tmp_path / "a,b.ttf"
+    font.write_bytes(b"")
+    parts = data_form(f"shapes,emoji:weight=2,emoji:font={font}")[1]["parts"]
+    assert parts == [("shapes,emoji", {"weight": "2"}), ("emoji", {"font": str(font)})]
 
 
 def test_what_is_no_mixture_is_refused(tmp_path):
