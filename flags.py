@@ -95,9 +95,9 @@ def split_sources(text: str) -> list[str]:
 def is_one_source(text: str) -> bool:
     """Whether its commas stand in the name of an existing folder or file."""
     name, _, options = text.partition(":")
-    if "," in name:
-        return Path(name).is_dir()
-    return Path(options.partition("=")[2]).is_file()
+    a_name = "," not in name or Path(name).is_dir()
+    an_option = "," not in options or Path(options.partition("=")[2]).is_file()
+    return a_name and an_option
 
 
 def check_belongings(parser: OneLineParser, args: argparse.Namespace, bridge: str) -> None:
