@@ -314,6 +314,9 @@ class Metrics:
             "images": self.run.step * self.run.args.batch_size,
             "resumed_at": self.first,  # step; images_per_second is the mean since then
         }
+        if self.run.lm_losses:
+            line["lm_loss"] = torch.stack(self.run.lm_losses).mean().item()
+            self.run.lm_losses.clear()
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -122,8 +122,14 @@ def flat(text: str) -> str:
 
 
 OUT_OF_MEMORY = (
-    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory",
-    "unable to allocate", "alloc_failed", "bad_alloc", "size calculation overflowed",
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "unable to allocate",
+    "alloc_failed",
+    "bad_alloc",
+    "size calculation overflowed",
     "multiplication overflow",
 )
 
@@ -480,7 +486,8 @@ def captioned_grid(pictures, captions: list[str], columns: int = 4):
     texts = []
     line_length = max(12, cell_width // 7)
     for caption in captions:
-        lines = textwrap.wrap(caption, line_length, max_lines=GRID_LINES, placeholder=" …")
+        text = unbroken(caption)
+        lines = textwrap.wrap(text, line_length, max_lines=GRID_LINES, placeholder=" …")
         texts.append(lines or ["(no prompt)"])
     cell_height = height + 15 * max(map(len, texts)) + 4
 
@@ -503,6 +510,11 @@ def captioned_grid(pictures, captions: list[str], columns: int = 4):
         font = caption_font(caption, 12)
         ink.multiline_text((left, top + height + 2), text, fill="black", font=font, spacing=3)
     return sheet
+
+
+def unbroken(text: str) -> str:
+    """Without what begins a line or a paragraph, at which the layout of letters fails."""
+    return " ".join(text.splitlines())
 
 
 def caption_font(text: str, size: int):

@@ -251,7 +251,12 @@ def open_runs(args: argparse.Namespace, kind: str, suites: list[str]) -> list[Lo
             )
     args.suite = args.suite.split(",") if args.suite else list(suites)
     for suite in args.suite:
-        if suite not in suites:
+        if kind == "shapes" and suite == "describe":
+            from extras.describing import check_describes
+
+            for name, expert in experts.items():
+                check_describes(expert, name)
+        elif suite not in suites:
             expected = f"for a run on {kind} expected some of {','.join(suites)}"
             raise ValueError(f"--suite {suite}: {expected}")
 
@@ -367,7 +372,15 @@ def main(argv: list[str] | None = None) -> None:
     make_folder(args.out)
     for file in FILES:
         read_results(args.out / file)  # refused before the work
+    suites = args.suite
+    args.suite = [suite for suite in suites if suite != "describe"]
     results, _ = evaluate_suites(args, runs)
+    if "describe" in suites:
+        from extras.describing import evaluate_describing
+
+        for name, scores in evaluate_describing(args, runs).items():
+            results[name]["describe"] = scores
+    args.suite = suites
     save_results(args, runs, results)
 
 

@@ -109,12 +109,20 @@ def check_belongings(parser: OneLineParser, args: argparse.Namespace, bridge: st
             raise ValueError(f"--{flag} is not for --bridge {bridge}: leave it out")
 
 
+WRITES_KEYS = ("mot", "mirror")  # towers whose own keys the LLM can read
+
+
 def check_forms(args: argparse.Namespace) -> None:
     """ValueError for what is wrong in --bridge and --read, before anything is loaded."""
     if args.bridge != "mot":
         from extras.bridges import OPTIONS
 
-        colon_form(args.bridge, OPTIONS, "--bridge")
+        name = colon_form(args.bridge, OPTIONS, "--bridge")[0]
+        if args.describe and name not in WRITES_KEYS:
+            raise ValueError(
+                f"--describe: --bridge {name} has no image keys that the LLM could read; expected "
+                f"one of {', '.join(WRITES_KEYS)}"
+            )
     if args.read:
         from extras.thinking import READ
 
@@ -152,6 +160,10 @@ def make_parser() -> OneLineParser:
     add("--patcher", default="unet", choices=PATCHERS, help="from pixels to tokens and back")
     add("--prediction", default="clean", choices=["clean", "velocity"], help="the head's output")
     add("--bridge", default="mot", help="mot, shared attention, or one of extras/bridges.py")
+    described = "share of each batch that is described, the picture first (extras/lmfusion.py)"
+    add("--describe", type=share, default=0.0, help=described)
+    weight = "of the LLM's loss on these captions, in nats a token, beside the flow's"
+    add("--lm-weight", type=positive(float), default=0.05, help=weight)
 
     add = parser.add_argument_group("how long").add_argument
     add("--steps", type=positive(int), default=2800, help="optimizer steps")

@@ -29,6 +29,7 @@ import torch
 
 from checkpoint import load_expert, pick_checkpoint
 from cli import (
+    between,
     GUIDED_FROM,
     OneLineParser,
     captioned_grid,
@@ -167,6 +168,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     files = "a prompt a line, .json, .jsonl, or a folder of .txt; FILE:geneval, FILE:dpg, FILE:wise"
     add("--prompts", metavar="FILE", help=files)
     add("--interactive", action="store_true", help="ask for prompts, with all kept loaded")
+    said = "say what these pictures show; --prompt is how it begins (extras/lmfusion.py)"
+    add("--describe", nargs="+", metavar="PICTURE", help=said)
+    add("--temperature", type=between(0, 100), default=0.0, help="of what --describe says")
     add("--n", type=positive(int), help="pictures of each prompt (default: 1, or the benchmark's)")
     add("--seed", type=seed_number, default=0, help="picture k starts from the noise of seed + k")
     add("--steps", type=positive(int), default=24, help="Euler steps")
@@ -193,6 +197,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.describe:
+        from extras.describing import describe_files
+
+        describe_files(args)
+        return
 
     # what cannot work is refused before anything is loaded
     prompts, listed, layout = asked_for(args)
@@ -281,15 +290,17 @@ def check_out(args: argparse.Namespace, out: Path, layout: str | None, count: in
     return into_file
 
 
-def open_towers(args: argparse.Namespace, folder: Path) -> tuple[ImageExpert, FrozenLLM]:
-    """Load --ckpt and its LLM, with --read applied; ValueError if `folder` cannot be written."""
+def open_towers(args: argparse.Namespace, folder: Path | None) -> tuple[ImageExpert, FrozenLLM]:
+    """Load --ckpt and its LLM, with --read applied; ValueError if `folder`, where something will be
+    written, cannot be."""
     ckpt, why_ckpt = pick_checkpoint(args.ckpt)
     device, why_device = pick_device(args.device)
     dtype, why_dtype = pick_dtype(args.dtype, device)
     why = f"device {device} ({why_device}), {dtype} ({why_dtype})"
     print(f"{why}; checkpoint {ckpt} ({why_ckpt}); seed {args.seed}")
     expert = load_expert(ckpt, device)
-    make_folder(folder)
+    if folder:
+        make_folder(folder)
     moved = it_may_have_moved(expert.made_for.get("llm", ""), "--llm")
     with nullcontext() if args.llm else moved:
         llm = llm_of(expert, args.llm, device, dtype, args.trust_remote_code)

@@ -20,7 +20,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,11 @@ def train_step(
     (B,), and the gradient's norm. FloatingPointError if one of these is not finite.
     """
     args = run.args
+    described = None
+    if args.describe:  # instead of drawn
+        from extras.lmfusion import take_described
+
+        captions, pictures, described = take_described(captions, pictures, args.describe)
 
     # The step's own randomness: it depends on the seed and the step alone, so that a run that was
     # killed goes on with the numbers it would have had. (On the CPU: the same on every device.)
@@ -85,14 +90,12 @@ def train_step(
     # who starts at noise and follows it arrives at a picture, and that is drawing.
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
         losses = flow_loss(predict, data, noise, t, context)  # (B,)
-    losses.mean().backward()
+    loss = losses.mean()
+    if described:
+        loss = loss + args.lm_weight * described.loss(run)
+    loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.expert.parameters(), LARGEST_GRADIENT)
-    if not torch.isfinite(losses.detach().mean() + norm):
-        raise FloatingPointError(
-            f"the loss is not finite at step {run.step + 1} (loss {losses.mean():.3g}, gradient "
-            f"norm {norm:.3g}); what {args.out} holds is from before: resume it, or start another "
-            "with a lower --lr"
-        )
+    check_finite(run, loss.detach(), norm)
 
     # The update: the learning rate warms up, then decays linearly to zero.
     warm_up = (run.step + 1) / args.warmup
@@ -112,6 +115,16 @@ def train_step(
     return losses.detach(), t, norm
 
 
+def check_finite(run: "Run", loss: Tensor, norm: Tensor) -> None:
+    """FloatingPointError if one of the two is not."""
+    if not torch.isfinite(loss + norm):
+        raise FloatingPointError(
+            f"the loss is not finite at step {run.step + 1} (loss {loss:.3g}, gradient norm "
+            f"{norm:.3g}); what {run.args.out} holds is from before: resume it, or start another "
+            "with a lower --lr"
+        )
+
+
 @dataclass
 class Run:
     """Everything that a training run holds while it goes on."""
@@ -126,6 +139,7 @@ class Run:
     dtype: torch.dtype
     data_identity: dict[str, str]  # what the data is and, unless from the seed, its fingerprint
     step: int = 0  # steps done
+    lm_losses: list[Tensor] = field(default_factory=list)  # of what was described, until logged
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -311,6 +325,7 @@ def build_expert(args: argparse.Namespace, llm: FrozenLLM, source, made_for: dic
         "image_size": args.image_size,
         "prediction": args.prediction,
         "made_for": made_for,
+        "describes": args.describe > 0,
     }
     torch.manual_seed(args.seed)
     name, options = colon_form(args.bridge)

@@ -74,7 +74,7 @@ def write_small(
     ink: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, lines: int
 ) -> None:
     """A prompt, broken into lines between words, or inside a word that is too long."""
-    text = _spell_emoji(text)
+    text = _spell_emoji("\n".join(text.splitlines()))
     font = caption_font(text, 10)
     done = []
     now = ""

@@ -87,14 +87,15 @@ def tokens_of(llm: FrozenLLM, captions: list[str]) -> tuple[Tensor, Tensor, Tens
     return pad_sequence(rows, batch_first=True).to(llm.device), lengths, starts
 
 
-def run_with_attention(llm: FrozenLLM, txt_ids: Tensor, attend: Callable) -> None:
-    """Run the LLM over txt_ids (B, T) with this function as its attention, until it has enough."""
+def run_with_attention(llm: FrozenLLM, txt_ids: Tensor, attend: Callable, **inputs):
+    """Run the LLM over txt_ids (B, T) with this function as its attention. -> its output, without
+    the head; None where `attend` has had enough before."""
     before = llm.model.config._attn_implementation
     transformers.AttentionInterface.register("joint", attend)
     try:
         llm.model.set_attn_implementation("joint")
         with suppress(Enough):
-            llm.model.base_model(input_ids=txt_ids, use_cache=False)
+            return llm.model.base_model(input_ids=txt_ids, use_cache=False, **inputs)
     finally:
         llm.model.set_attn_implementation(before)
 

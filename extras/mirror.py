@@ -45,6 +45,7 @@ class MirrorTower(ImageExpert):
         prediction: str = "clean",
         checkpointing: bool = False,
         made_for: dict | None = None,
+        describes: bool = False,
     ):
         nn.Module.__init__(self)  # the decoder stands in the place of ImageExpert's blocks
         self.config = {
@@ -57,6 +58,7 @@ class MirrorTower(ImageExpert):
             "prediction": prediction,
             "checkpointing": checkpointing,
             "made_for": made_for or {},
+            "describes": describes,
         }
         if image_size % patch:
             raise ValueError(f"--image-size {image_size} does not divide by --patch {patch}")
@@ -73,6 +75,8 @@ class MirrorTower(ImageExpert):
         self.width = config.hidden_size
         self.reads = list(range(config.num_hidden_layers))
         self.patcher = PATCHERS[patcher](self.width, patch, channels)
+        if describes:
+            self.begin_of_image = nn.Parameter(torch.randn(self.width))
         self.embed_time = nn.Sequential(
             nn.Linear(256, self.width), nn.SiLU(), nn.Linear(self.width, self.width)
         )
@@ -96,19 +100,26 @@ class MirrorTower(ImageExpert):
 
     def forward(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
         """predict(x_t, t, context) -> v: x_t (B, C, height, width), t (B,) in [0, 1]."""
+        img, skips, time = self.tokens_of(x_t, t)
+        out = self.patcher.decode(self.decode(img, context), skips, time, x_t.shape[2:])
+        return self.as_velocity(out, x_t, t)
+
+    def tokens_of(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Image tokens (B, N, D), the patcher's skips, and the time (B, D)."""
         rows = x_t.shape[2] // self.patch
         columns = x_t.shape[3] // self.patch
         time = self.embed_time(timestep_embedding(1000 * t, 256))  # (B, D)
         img, skips = self.patcher.encode(x_t, t, time)  # (B, N, D)
         img = img + time[:, None]
         img = img + sincos_2d(rows, columns, self.width, x_t.device).to(img.dtype)
-        out = self.patcher.decode(self.decode(img, context), skips, time, x_t.shape[2:])
-        return self.as_velocity(out, x_t, t)
+        return img, skips, time
 
-    def decode(self, img: Tensor, context: Context) -> Tensor:
+    def decode(self, img: Tensor, context: Context, cache: DynamicCache | None = None) -> Tensor:
         """Image tokens (B, N, D) through the decoder, looking at the caption and at each other ->
-        (B, N, D)."""
+        (B, N, D). cache: in place of the context's ReadOnlyCache."""
         B, N, _ = img.shape
+        if cache is None:
+            cache = ReadOnlyCache(context, self.reads)
         # rotary: the text's keys are turned back, and the picture stands at the origin (see
         # Context); else at the place after the caption
         position = context.lengths
@@ -118,7 +129,7 @@ class MirrorTower(ImageExpert):
             inputs_embeds=img,
             attention_mask=cache_mask(context, N, img.dtype, causal=False),
             position_ids=position[:, None].expand(B, N),
-            **with_cache(self.decoder, ReadOnlyCache(context, self.reads)),
+            **with_cache(self.decoder, cache),
         ).last_hidden_state
 
     # -- building one beside an LLM
@@ -186,11 +197,15 @@ class MirrorTower(ImageExpert):
 
 
 class ReadOnlyCache(DynamicCache):
-    """The text's keys and values, in front of whatever a layer hands in; that is not kept, so a
-    layer may run twice."""
+    """The text's keys and values, in front of whatever a layer hands in; that is not kept with
+    them, so a layer may run twice.
+
+    written: layer -> the keys and values that it handed in last.
+    """
 
     def __init__(self, context: Context, reads: list[int]):
         super().__init__()
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}
         for index, keys, values in zip(reads, context.keys, context.values):
             super().update(keys, values, index)
 
@@ -199,6 +214,7 @@ class ReadOnlyCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         text = self.layers[layer_idx]
         dtype = key_states.dtype
+        self.written[layer_idx] = (key_states, value_states)
         keys = torch.cat([text.keys.to(dtype), key_states], dim=2)
         values = torch.cat([text.values.to(dtype), value_states], dim=2)
         return keys, values  # (B, G, T+N, Dk), (B, G, T+N, Dv)

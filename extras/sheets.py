@@ -6,7 +6,7 @@ trajectory.py and word_maps.py make the pictures; here they are enlarged, colour
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cli import caption_font
+from cli import caption_font, unbroken
 
 Tile = tuple[np.ndarray | None, str]  # picture (height, width, 3) uint8, and what stands above it
 
@@ -63,7 +63,7 @@ def sheet(rows: list[list[Tile]], title: str, left: list[str] | None = None) -> 
 def wrap(text: str, font, width: int) -> list[str]:
     """Lines of a text that are no wider than so many pixels, broken between words."""
     lines = [""]
-    for word in text.split(" "):
+    for word in unbroken(text).split(" "):
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width:
             longer = word
@@ -74,6 +74,7 @@ def wrap(text: str, font, width: int) -> list[str]:
 
 def cut(text: str, font, width: float) -> str:
     """The text, or as much of it as has room in so many pixels."""
+    text = unbroken(text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -38,8 +38,16 @@ def expert_like(
     weights = find_checkpoint(args.start, "--from")
     made_for["from"] = {"name": args.start, "sha256": file_sha256(weights)}
     new = {"image_size": args.image_size, "made_for": made_for}
+    if "describes" in origin.config:
+        new["describes"] = args.describe > 0
+    torch.manual_seed(args.seed)
     expert = type(origin)(**origin.config | new)
-    expert.load_state_dict(origin.state_dict())
+    weights = origin.state_dict()
+    if args.describe and "begin_of_image" not in weights:  # it learns to
+        weights["begin_of_image"] = expert.begin_of_image.detach()
+    elif not args.describe:  # no longer
+        weights.pop("begin_of_image", None)
+    expert.load_state_dict(weights)
     return expert
 
 

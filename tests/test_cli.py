@@ -621,3 +621,16 @@ def test_another_expert_is_named(a_run, capsys):
     safetensors.torch.save_file(tensors, state, metadata=metadata | {"config": json.dumps(config)})
     told = refusal(capsys, train.main, "--resume", "--out", a_run, "--steps", "2")
     assert "the run's expert has prediction velocity, and would now have clean" in told
+
+
+@pytest.mark.parametrize("separator", ["\r", "\x1c", "\x85", "\u2029", "\u2028", "\x0b", "\n"])
+def test_what_ends_a_line_or_a_paragraph_has_its_place_in_a_picture(separator):
+    """Libraqm lays nothing out behind one."""
+    from extras.grids import picture_table
+    from extras.sheets import sheet
+
+    text = f"a red{separator}circle{separator}"
+    picture = np.zeros((64, 64, 3), np.uint8)
+    assert cli.captioned_grid(picture[None, None], [text]).size[0] > 64
+    assert picture_table([("run", {"row": [(picture, text, True)]})]).size[0] > 64
+    assert sheet([[(picture, text)]], text).size[0] > 64

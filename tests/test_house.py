@@ -46,14 +46,14 @@ LINES = {  # at most; what DESIGN calls the core, then its helpers
     "model": 370,
     "patches": 175,
     "data": 490,
-    "train": 430,
-    "flags": 200,
-    "sample": 335,
-    "evaluate": 380,
+    "train": 445,
+    "flags": 210,
+    "sample": 345,
+    "evaluate": 390,
     "checkpoint": 350,
     "inspection": 350,
     "loading": 395,
-    "cli": 540,
+    "cli": 550,
 }
 EXTRA_LINES = 385
 FUNCTION_LINES = 60

@@ -1,0 +1,272 @@
+"""What a run says of pictures: of one's own, and a score on scenes whose every thing is known.
+
+    python sample.py --describe picture.png other.jpg
+    python evaluate.py --ckpt runs/described --suite describe
+
+A caption is read back by the grammar that data.py writes captions with, and compared with the
+scene: shapes, colours, counts, and where things stand, if it says so. No network judges.
+"""
+
+import argparse
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from cli import write_whole
+from data import (
+    CANONICAL_COLORS,
+    COLOR_NAMES,
+    COLORS,
+    COUNT_WORDS,
+    RELATIONS,
+    SHAPES,
+    Group,
+    Scene,
+    Thing,
+    draw_things,
+    lay_out,
+)
+from evaluate import Grade, LoadedRun, Prompt, is_in
+from extras.files import read_picture
+from extras.lmfusion import check_describes, describe
+from extras.tables import compare, print_suite, sheet, summarize
+from llm import FrozenLLM
+from model import ImageExpert
+from sample import open_towers, to_tensor
+
+AT_ONCE = 32  # pictures that are described as one batch
+
+# -------------------------------------------------------------------------------------------------
+# a caption -> the scene that it tells of
+
+_COUNTS = {"a": 1, "an": 1, "the": 1} | {word: n for n, word in COUNT_WORDS.items()}
+_COUNTS |= {str(n): n for n in COUNT_WORDS}
+_COUNT = "|".join(_COUNTS)
+_COLOR = "|".join(sorted(COLORS, key=len, reverse=True))
+_SHAPE = "|".join(SHAPES)
+_AFTER = "that is|colored|in|of|is|painted"
+_THINGS = re.compile(  # "three small teal stars", "a star that is red", "star, red"
+    rf"(?:\b(?P<count>{_COUNT}) )?(?:\b(?P<size>small|large) )?"
+    rf"(?:\b(?P<color>{_COLOR})(?:[ -]colored)? )?\b(?P<shape>{_SHAPE})(?P<many>e?s)?\b"
+    rf"(?:(?: (?:{_AFTER})|,) (?P<after>{_COLOR})\b(?! (?:{_SHAPE})))?"
+)
+_COLOR_OF = re.compile(rf"\bthe color of the (?:\w+ )?(?:{_SHAPE}) is (?P<color>{_COLOR})$")
+_WORDS = {
+    "left of": r"(?:to |on )?(?:the )?left (?:side )?of",
+    "right of": r"(?:to |on )?(?:the )?right (?:side )?of",
+    "above": "above|over|higher than",
+    "below": "below|under|beneath|underneath",
+}
+
+
+def scene_of(caption: str) -> Scene | None:
+    """The scene that a caption tells of; None if it is none of one or two groups."""
+    caption = caption.lower().strip(" .")
+    groups = []
+    places = []
+    for found in _THINGS.finditer(caption):
+        color = found["color"] or found["after"]
+        count = _COUNTS.get(found["count"], 1)
+        if bool(found["many"]) != (count > 1):
+            return None
+        groups.append(Group(count, color, found["shape"], found["size"]))
+        places.append(found.span())
+    if not 1 <= len(groups) <= 2:
+        return None
+    if len(groups) == 1:
+        told = _COLOR_OF.search(caption)
+        if told:
+            groups = [Group(1, told["color"], groups[0].shape, groups[0].size)]
+        return Scene(tuple(groups))
+
+    # between the two, or before both: "left of the star is a ring"
+    for relation, words in _WORDS.items():
+        if re.search(rf"\b(?:{words})\b", caption[places[0][1] : places[1][0]]):
+            return Scene(tuple(groups), relation)
+        if re.match(rf"(?:{words})\b", caption[: places[0][0]]):
+            return Scene((groups[1], groups[0]), relation)
+    return Scene(tuple(groups))
+
+
+def why_wrong(said: str, things: list[Thing]) -> str | None:
+    """Why a caption does not tell of these things, None if it does: shapes, counts and colours
+    (all must be named; of the same RGB any name will do), and where things stand, if it says so."""
+    scene = scene_of(said)
+    if scene is None:
+        return "no scene"
+    told = []
+    for group in scene.groups:
+        told += [group.shape] * group.count
+    there = [thing.shape for thing in things]
+    if sorted(told) != sorted(there):
+        return "wrong shape" if len(told) == len(there) else "wrong count"
+    told = []
+    for group in scene.groups:
+        if group.color is None:
+            return "no color"
+        told += [(group.shape, COLORS[group.color])] * group.count
+    if sorted(told) != sorted((thing.shape, thing.rgb) for thing in things):
+        return "wrong color"
+    if scene.relation and not stands(scene, things):
+        return "wrong relation"
+    return None
+
+
+def stands(scene: Scene, things: list[Thing]) -> bool:
+    """Whether the first group stands as the relation says, seen from the second: by what separates
+    the two most."""
+    first, second = (things_of(group, things)[0] for group in scene.groups)
+    dx, dy = first.x - second.x, first.y - second.y
+    if abs(dx) > abs(dy):
+        return RELATIONS[scene.relation] == (int(np.sign(dx)), 0)
+    return RELATIONS[scene.relation] == (0, int(np.sign(dy)))
+
+
+def things_of(group: Group, things: list[Thing]) -> list[Thing]:
+    return [t for t in things if t.shape == group.shape and t.rgb == COLORS[group.color]]
+
+
+# -------------------------------------------------------------------------------------------------
+# the suite
+
+PER_ROW = 60  # scenes
+SUITE = {  # row -> how many things of each kind, and which colours
+    "one object": ([(1,)], CANONICAL_COLORS),
+    "two objects": ([(1, 1)], CANONICAL_COLORS),
+    "two to four of a kind": ([(2,), (3,), (4,)], CANONICAL_COLORS),
+    "all 130 colors": ([(1,)], COLOR_NAMES),
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A scene of the suite, drawn: its things, and the picture (side, side, 3) uint8."""
+
+    row: str
+    scene: Scene
+    things: list[Thing]
+    picture: np.ndarray
+
+
+def read_describe_suite(
+    side: int, limit: int | None, only: list[str] | None, half: str
+) -> list[Shown]:
+    """The scenes of the suite or of a half of it; the same whatever the seed of a run."""
+    shown = []
+    for row in only or SUITE:
+        if row not in SUITE:
+            raise ValueError(f"--rows {row}: the rows of describe are {', '.join(SUITE)}")
+        rng = np.random.default_rng([2024, list(SUITE).index(row)])
+        counts, colors = SUITE[row]
+        members = []
+        while len(members) < PER_ROW:
+            groups = []
+            for count in counts[len(members) % len(counts)]:
+                groups.append(Group(count, str(rng.choice(colors)), str(rng.choice(SHAPES))))
+            if len(set((COLORS[group.color], group.shape) for group in groups)) < len(groups):
+                continue
+            scene = Scene(tuple(groups))
+            things = lay_out(scene, rng)
+            members.append(Shown(row, scene, things, draw_things(things, side)))
+        prompts = [member for member in members if is_in(half, prompt_of(member, "").scene_id)]
+        shown += prompts[:limit]
+    return shown
+
+
+def prompt_of(shown: Shown, said: str) -> Prompt:
+    """What was said of a scene, in the place of a prompt."""
+    return Prompt(shown.row, said, shown.scene)
+
+
+def evaluate_describing(args: argparse.Namespace, runs: list[LoadedRun]) -> dict[str, dict]:
+    """Score, print and picture the suite of one run, or of two side by side. -> run -> scores"""
+    results = {}
+    graded = []
+    for run, name in zip(runs, ("evaluate", "versus")):
+        shown = read_describe_suite(run.expert.image_size, args.limit, args.rows, args.half)
+        pictures = np.stack([one.picture for one in shown])
+        said = describe_all(run.expert, run.llm, pictures)
+        prompts = list(map(prompt_of, shown, said))
+        grades = [grade_of(text, one) for text, one in zip(said, shown)]
+        results[run.name] = summarize("describe", prompts, grades)
+        results[run.name]["said"] = said
+        for row, share in chance_of(shown, said).items():
+            results[run.name]["rows"][row]["chance"] = share
+        graded.append(grades)
+        picture = sheet(prompts, [(run.name, pictures, grades)])
+        write_whole(args.out / f"{name}-describe.png", picture.save)
+    if len(runs) > 1:
+        difference = compare("describe", prompts, *graded)
+        results[runs[0].name]["difference"] = difference
+    print_suite("describe", results)
+    return results
+
+
+def grade_of(said: str, shown: Shown) -> Grade:
+    return Grade(why_wrong(said, shown.things), None, None)
+
+
+def chance_of(shown: list[Shown], said: list[str]) -> dict[str, float]:
+    """row -> the share that would be right of the next picture of the row."""
+    right: dict[str, list[bool]] = {}
+    for i, one in enumerate(shown):
+        for other in shown[i + 1 :] + shown[:i]:
+            if other.row == one.row:
+                right.setdefault(one.row, []).append(why_wrong(said[i], other.things) is None)
+                break
+    return {row: float(np.mean(passed)) for row, passed in right.items()}
+
+
+def describe_all(expert: ImageExpert, llm: FrozenLLM, pictures: np.ndarray, **options) -> list[str]:
+    """What is said of each picture, (n, side, side, 3) uint8. options: see lmfusion.describe."""
+    said = []
+    for start in range(0, len(pictures), AT_ONCE):
+        some = to_tensor(pictures[start : start + AT_ONCE], llm.device)
+        own = {name: value for name, value in options.items()}
+        if "seeds" in own:
+            own["seeds"] = own["seeds"][start : start + AT_ONCE]
+        said += describe(llm, expert, some, **own)
+    return said
+
+
+# -------------------------------------------------------------------------------------------------
+# one's own pictures
+
+
+def describe_files(args: argparse.Namespace) -> None:
+    """sample.py --describe: a line for each picture."""
+    check_flags(args)
+    paths = args.describe
+    pictures = [read_picture(path) for path in paths]  # refused before anything is loaded
+    expert, llm = open_towers(args, None)
+    check_describes(expert, args.ckpt or "the checkpoint")
+    side = expert.image_size
+    squares = []
+    for path, picture in zip(paths, pictures):
+        if picture.size != (side, side):
+            print(f"{path}: {picture.width}x{picture.height}, its centre read at {side}x{side}")
+        squares.append(np.asarray(read_picture(path, side)))
+    beginning = args.prompt[0] if args.prompt else ""
+    seeds = list(range(args.seed, args.seed + len(paths)))
+    said = describe_all(
+        expert,
+        llm,
+        np.stack(squares),
+        beginning=beginning,
+        temperature=args.temperature,
+        seeds=seeds,
+    )
+    for path, text in zip(paths, said):
+        print(f"{path}: {text}")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """ValueError for flags of drawing beside --describe."""
+    for name in ("prompts", "n", "maps", "read"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--describe says what pictures show: leave out --{name}")
+    if args.interactive or args.trajectory:
+        raise ValueError("--describe says what pictures show: leave out the windows of drawing")
+    if len(args.prompt) > 1:
+        raise ValueError("--describe takes one --prompt, the beginning of every description")

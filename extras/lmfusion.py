@@ -1,0 +1,368 @@
+"""LMFusion (Shi et al. 2024): one frozen LLM and one image tower that draw and describe.
+
+    python train.py --describe 0.2                     # a fifth of each batch is image first
+    python sample.py --describe picture.png
+
+The cache is the interface in both directions. Texts and pictures may stand in any order: each part
+is run by its own tower, reads what all parts before it have left in the cache, and leaves its own
+keys and values there. A picture first, then text: the image tower runs over the clean picture
+(t = 1), and the frozen LLM goes on from what it wrote; the language-model loss on the caption flows
+through the frozen LLM into the image tower alone.
+
+Where the tower is paired with fewer layers than the LLM has, the others see the text alone.
+
+Shapes: B sequences; T tokens of a text, N + 1 entries of a picture (the first is begin-of-image,
+which is learned); S entries so far in one layer; G heads of widths Dk and Dv.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from attention import joint_attention, text_mask
+from extras.joint import run_with_attention
+from extras.mirror import MirrorTower, ReadOnlyCache
+from llm import Context, FrozenLLM
+from model import ExpertBlock, ImageExpert
+from sample import to_tensor
+
+LINE = "\n"  # stands between a picture and its caption
+PADDING = -1
+IGNORED = -100  # no target: cross_entropy leaves it out
+
+
+@dataclass
+class Entries:
+    """What stands in the cache at one attention layer of the LLM: keys (B, G, S, Dk), turned to
+    where they stand, values (B, G, S, Dv), and where each stands, place (B, S); PADDING nowhere."""
+
+    keys: Tensor
+    values: Tensor
+    place: Tensor
+
+    def then(self, keys: Tensor, values: Tensor, place: Tensor) -> "Entries":
+        """These and, after them, those."""
+        return Entries(
+            torch.cat([self.keys, keys.to(self.keys.dtype)], dim=2),
+            torch.cat([self.values, values.to(self.values.dtype)], dim=2),
+            torch.cat([self.place, place], dim=1),
+        )
+
+    @property
+    def seen(self) -> Tensor:
+        """(B, S): which are no padding."""
+        return self.place != PADDING
+
+
+class Sequence:
+    """B sequences of texts and pictures. They begin with what the tokenizer puts before any text.
+
+    layers: attention layer of the LLM -> its Entries. position (B,): where the next part begins; a
+    text takes a position a token, a picture one.
+    """
+
+    def __init__(self, llm: FrozenLLM, expert: ImageExpert, B: int):
+        self.llm = llm
+        self.expert = expert
+        self.layers: dict[int, Entries] = {}
+        self.position = torch.zeros(B, dtype=torch.long, device=llm.device)
+        self.before = llm.open_ids("")
+        for layer in llm.layers:
+            keys = torch.empty(B, layer.kv_heads, 0, layer.key_width, dtype=llm.dtype)
+            values = torch.empty(B, layer.kv_heads, 0, layer.value_width, dtype=llm.dtype)
+            place = torch.empty(B, 0, dtype=torch.long)
+            empty = [x.to(llm.device) for x in (keys, values, place)]
+            self.layers[llm.cache_index[layer.index]] = Entries(*empty)
+        self.read_tokens([self.before] * B)
+
+    def branch(self) -> "Sequence":
+        """The same so far; what one of the two reads from now on, the other does not see."""
+        other = copy.copy(self)
+        other.layers = dict(self.layers)
+        return other
+
+    # -- texts, by the frozen LLM
+
+    def tokens(self, text: str) -> list[int]:
+        """A text's tokens, without what the tokenizer puts before any."""
+        ids = self.llm.open_ids(text)
+        if ids[: len(self.before)] == self.before:
+            return ids[len(self.before) :]
+        return ids
+
+    def read_text(self, texts: list[str]) -> None:
+        """A text for each of the B sequences."""
+        self.read_tokens([self.tokens(text) for text in texts])
+
+    def read_tokens(self, token_lists: list[list[int]]) -> Tensor | None:
+        """Tokens for each of the B sequences -> the LLM's last hidden states (B, T, d).
+
+        The LLM runs with its own weights and positions; its attention looks at the cache, and
+        causally at the new tokens.
+        """
+        llm = self.llm
+        if not any(token_lists):
+            return None
+        rows = [llm.cut(ids) for ids in token_lists]
+        lengths = torch.tensor([len(ids) for ids in rows], device=llm.device)
+        ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+        ids = pad_sequence(ids, batch_first=True).to(llm.device)  # (B, T)
+        B, T = ids.shape
+        own = torch.arange(T, device=llm.device)
+        positions = self.position[:, None] + own  # (B, T)
+        place = positions.masked_fill(own >= lengths[:, None], PADDING)
+
+        def attend(module, q, k, v, attention_mask, scaling=None, sliding_window=None, **_):
+            entries = self.layers[module.layer_idx].then(k, v, place)
+            self.layers[module.layer_idx] = entries
+            # a token sees what stands before its text and what is left of it there; itself, so that
+            # no row of padding is empty
+            S = entries.place.shape[1] - T
+            before = entries.seen[:, None, :S].expand(B, T, S)
+            causal = (own[:, None] >= own).expand(B, T, T)
+            mask = torch.cat([before, causal], dim=2)  # (B, T, S+T)
+            if sliding_window:
+                mask = mask & (positions[:, :, None] - entries.place[:, None] < sliding_window)
+            out = F.scaled_dot_product_attention(
+                q, entries.keys, entries.values, mask[:, None], scale=scaling, enable_gqa=True
+            )
+            return out.transpose(1, 2), None
+
+        with torch.autocast(llm.device.type, enabled=False):  # the LLM as it always is
+            out = run_with_attention(llm, ids, attend, position_ids=positions)
+        self.position = self.position + lengths
+        return out.last_hidden_state
+
+    # -- pictures, by the image tower
+
+    def read_picture(self, pictures: Tensor) -> None:
+        """A clean picture for each of the B sequences, (B, C, height, width) in [-1, 1]."""
+        llm = self.llm
+        with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
+            written = write_picture(self.expert, pictures, self.context())
+        for index, (keys, values) in written.items():
+            keys = llm.rotary[index](keys.float(), self.position)
+            place = self.position[:, None].expand(-1, keys.shape[2])
+            layer = llm.cache_index[index]
+            self.layers[layer] = self.layers[layer].then(keys, values, place)
+        self.position = self.position + 1
+
+    def context(self) -> Context:
+        """All so far, as the image tower reads it at the next position."""
+        llm = self.llm
+        keys = []
+        values = []
+        for layer in llm.kept:
+            entries = to_the_front(self.layers[llm.cache_index[layer.index]])
+            keys.append(llm.turn_back(layer, entries.keys, self.position))
+            values.append(entries.values)
+        lengths = entries.seen.sum(dim=1)
+        return Context(keys, values, lengths, padded=not bool(entries.seen.all()))
+
+
+def to_the_front(entries: Entries) -> Entries:
+    """The same with all padding at the end. (A key says by its turn where it stands: the order in
+    memory says nothing.)"""
+    if entries.seen.all():
+        return entries
+    order = (~entries.seen).int().argsort(dim=1, stable=True)  # (B, S)
+    sorted_parts = []
+    for x in (entries.keys, entries.values):
+        index = order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        sorted_parts.append(x.gather(2, index))
+    return Entries(*sorted_parts, entries.place.gather(1, order))
+
+
+def interleave(llm: FrozenLLM, expert: ImageExpert, parts: list) -> Sequence:
+    """A list of parts, each a list of B texts or a tensor of B pictures, in any order."""
+    sequence = Sequence(llm, expert, len(parts[0]))
+    for part in parts:
+        if isinstance(part, Tensor):
+            sequence.read_picture(part)
+        else:
+            sequence.read_text(part)
+    return sequence
+
+
+def write_picture(
+    expert: ImageExpert, pictures: Tensor, context: Context
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """What the tower's blocks leave in the cache for clean pictures (B, C, height, width): layer of
+    the LLM -> keys (B, G, N+1, Dk), unturned, and values (B, G, N+1, Dv).
+
+    Of several blocks that read one layer, the last writes.
+    """
+    t = torch.ones(len(pictures), device=pictures.device)
+    img, *rest = expert.tokens_of(pictures, t)  # (B, N, D)
+    entry = expert.begin_of_image.to(img.dtype).expand(len(img), 1, -1)
+    img = torch.cat([entry, img], dim=1)  # (B, N+1, D)
+    if isinstance(expert, MirrorTower):
+        cache = ReadOnlyCache(context, expert.reads)
+        expert.decode(img, context, cache)
+        return cache.written
+    modulations = rest[0]
+    T = context.keys[0].shape[2]
+    mask = text_mask(context.lengths, T, img.shape[1]) if context.padded else None
+    written = {}
+    for block, m, txt_k, txt_v in zip(expert.blocks, modulations, context.keys, context.values):
+        img_q, img_k, img_v = block.project(img, m)
+        txt_k = block.scale_keys(txt_k)
+        attended = joint_attention(img_q, img_k, img_v, txt_k, txt_v, mask)
+        img = block.finish(img, attended, m)
+        written[block.layer.index] = (in_the_scale_of_text(block, img_k), img_v)
+    return written
+
+
+def in_the_scale_of_text(block: ExpertBlock, img_k: Tensor) -> Tensor:
+    """The inverse of scale_keys, for a picture's keys (B, G, N, Dk) that the LLM will ask."""
+    if block.txt_gain is None:
+        return img_k
+    return img_k / (block.start_gain * block.txt_gain).to(img_k.dtype)[:, None, None]
+
+
+# -------------------------------------------------------------------------------------------------
+# describing
+
+
+def check_describes(expert: ImageExpert, name: str) -> None:
+    """ValueError if an expert, out of the checkpoint of this name, never learned to describe."""
+    if not expert.config.get("describes"):
+        raise ValueError(
+            f"{name} never learned to describe: expected a run that was trained with "
+            "train.py --describe 0.2"
+        )
+
+
+def after_pictures(llm: FrozenLLM, expert: ImageExpert, pictures: Tensor) -> Sequence:
+    """What the LLM knows before it describes these pictures, (B, C, height, width) in [-1, 1]."""
+    sequence = Sequence(llm, expert, len(pictures))
+    sequence.read_picture(pictures)
+    return sequence
+
+
+@dataclass
+class Described:
+    """The part of a batch whose captions are learned from its pictures: captions, and pictures
+    (B, height, width, 3) uint8."""
+
+    captions: list[str]
+    pictures: np.ndarray
+
+    def loss(self, run) -> Tensor:
+        """The mean caption_loss of a train.Run's towers; the run keeps it for its log."""
+        pictures = to_tensor(self.pictures, run.device)
+        loss = caption_loss(run.llm, run.expert, pictures, self.captions).mean()
+        run.lm_losses.append(loss.detach())
+        return loss
+
+
+def take_described(
+    captions: list[str], pictures: np.ndarray, share: float
+) -> tuple[list[str], np.ndarray, Described | None]:
+    """This share of a batch, evenly from all of it, is described. -> captions and pictures of the
+    rest, and the Described."""
+    B = len(captions)
+    count = round(share * B)
+    chosen = {(2 * k + 1) * B // (2 * count) for k in range(count)}
+    rest = [i for i in range(B) if i not in chosen]
+    chosen = sorted(chosen)
+    described = Described([captions[i] for i in chosen], pictures[chosen]) if chosen else None
+    return [captions[i] for i in rest], pictures[rest], described
+
+
+def caption_loss(
+    llm: FrozenLLM, expert: ImageExpert, pictures: Tensor, captions: list[str]
+) -> Tensor:
+    """The LLM's own loss on each caption after its picture (LMFusion, eq. 4): (B,), in nats a
+    token."""
+    sequence = after_pictures(llm, expert, pictures)
+    line = sequence.tokens(LINE)
+    rows = []
+    targets = []
+    for caption in captions:
+        ids = sequence.tokens(caption)
+        rows.append(line + ids)
+        targets.append(torch.tensor([IGNORED] * (len(line) - 1) + ids + [end_of(sequence)]))
+    hidden = sequence.read_tokens(rows)  # (B, T, d)
+    wanted = pad_sequence(targets, batch_first=True, padding_value=IGNORED).to(llm.device)
+    asked = wanted != IGNORED  # (B, T)
+    # the vocabulary is large: only states that are asked go through the head
+    losses = F.cross_entropy(logits_of(llm, hidden[asked]), wanted[asked], reduction="none")
+    per_token = torch.zeros(asked.shape, device=llm.device).masked_scatter(asked, losses)
+    return per_token.sum(dim=1) / asked.sum(dim=1)
+
+
+def logits_of(llm: FrozenLLM, hidden: Tensor) -> Tensor:
+    """The LLM's last hidden states (..., d) -> its logits (..., vocabulary) in float32."""
+    config = llm.model.config.get_text_config()
+    with torch.autocast(llm.device.type, enabled=False):
+        logits = llm.model.get_output_embeddings()(hidden).float()
+    scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        return cap * torch.tanh(logits / cap)
+    return logits if scale == 1 else scale * logits
+
+
+def end_of(sequence: Sequence) -> int:
+    """The token that ends a caption: the tokenizer's end, or a line's."""
+    end = sequence.llm.tokenizer.eos_token_id
+    return sequence.tokens(LINE)[-1] if end is None else end
+
+
+@torch.no_grad()
+def describe(
+    llm: FrozenLLM,
+    expert: ImageExpert,
+    pictures: Tensor,
+    beginning: str = "",
+    temperature: float = 0.0,
+    seeds: list[int] | None = None,
+    tokens: int = 48,
+) -> list[str]:
+    """What the LLM says of each picture, (B, C, height, width) in [-1, 1], after this beginning:
+    until its tokenizer's end, a line's end, or so many tokens.
+
+    temperature 0: the most likely token each time; else drawn, from the chance of each row's seed.
+    """
+    sequence = after_pictures(llm, expert, pictures)
+    first = sequence.tokens(LINE) + (sequence.tokens(beginning) if beginning else [])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(pictures))]
+    hidden = sequence.read_tokens([first] * len(pictures))[:, -1]  # (B, d)
+    said: list[list[int]] = [[] for _ in pictures]
+    for _ in range(tokens):
+        new = []
+        for row, generator in zip(logits_of(llm, hidden).cpu(), generators):
+            new.append(next_token(row, temperature, generator))
+        for ids, token in zip(said, new):
+            ids.append(token)
+        if all(has_ended(sequence, ids) for ids in said):
+            break
+        hidden = sequence.read_tokens([[token] for token in new])[:, -1]
+    return [beginning + text_of(sequence, ids) for ids in said]
+
+
+def next_token(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    """logits (vocabulary,) -> a token."""
+    if not temperature:
+        return int(logits.argmax())
+    chances = (logits / temperature).softmax(dim=0)
+    return int(torch.multinomial(chances, 1, generator=generator))
+
+
+def has_ended(sequence: Sequence, ids: list[int]) -> bool:
+    tokenizer = sequence.llm.tokenizer
+    return tokenizer.eos_token_id in ids or "\n" in tokenizer.decode(ids)
+
+
+def text_of(sequence: Sequence, ids: list[int]) -> str:
+    """The text of the tokens, up to its end."""
+    tokenizer = sequence.llm.tokenizer
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return tokenizer.decode(ids).partition("\n")[0]
