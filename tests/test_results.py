@@ -127,6 +127,20 @@ def agreement() -> list[list[str]]:
     return rows
 
 
+def samplers() -> list[list[str]]:
+    columns = [("4", "5"), ("6", "7"), ("8",), ("11", "12"), ("15", "16"), ("23", "24")]
+    columns += [("47", "48"), ("100",)]
+    rows = []
+    for name in ("euler", "heun", "ab2"):
+        scores = read("samplers")[name]
+        cells = []
+        for calls in columns:
+            right = [scores[n] for n in calls if n in scores]
+            cells.append(f"{right[0] / read('samplers')['pictures']:.2f}" if right else "")
+        rows.append(cells)
+    return rows
+
+
 def prediction() -> list[list[str]]:
     rows = []
     for name in ("clean", "velocity"):
@@ -382,6 +396,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("README.md", "What it shows"): [headline],
     ("RESULTS.md", "What does the default run learn?"): [default_scores],
     ("RESULTS.md", "Which U-Net?"): [unets, agreement],
+    ("RESULTS.md", "Does a second-order sampler pay?"): [samplers],
     ("RESULTS.md", "Should the network predict the clean picture or the velocity?"): [prediction],
     ("RESULTS.md", "Does the LLM's knowledge reach the picture?"): [suites, each_language],
     ("RESULTS.md", "Does the LLM not know it, or does the expert not hear it?"): [probe],
