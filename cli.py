@@ -284,12 +284,6 @@ def colon_form(text: str, known: dict[str, tuple] | None = None, flag: str = "")
     return name, options
 
 
-# Guidance begins at this t. Nearer to the noise it would strengthen each of the pictures that are
-# still possible (two things beside and above each other), and a mixture would come out
-# (Kynkäänniemi et al. 2024).
-GUIDED_FROM = 0.1
-
-
 def guidance_form(text: str) -> tuple[float, tuple[float, float], bool]:
     """argparse type: "3:from=0.2:to=0.8:renorm" -> scale, interval of t, whether to renorm."""
     number = text.partition(":")[0]
@@ -300,7 +294,7 @@ def guidance_form(text: str) -> tuple[float, tuple[float, float], bool]:
         raise argparse.ArgumentTypeError(str(error)) from None
     time = between(0, 1)
     end = time(str(options.get("to", 1)))
-    start = time(str(options.get("from", min(GUIDED_FROM, end))))
+    start = time(str(options.get("from", 0)))
     if start > end:
         raise argparse.ArgumentTypeError(f"{text}: expected from= to be at most to=")
     return scale, (start, end), "renorm" in options

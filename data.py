@@ -2,6 +2,7 @@
 
     shapes     scenes of coloured shapes, drawn on the fly from a seed; captions in plain English
     a folder   of pictures with captions: extras/files.py
+    edits      pairs of shapes with an instruction between them: extras/edits.py
     emoji      of a colour font, under their English names: extras/emoji.py
     several    with commas, shapes,emoji: one expert learns them all: extras/mixed.py
 
@@ -442,7 +443,7 @@ def _look_alike(groups: tuple[Group, ...]) -> bool:
 
 
 def open_source(name: str, image_size: int, seed: int = 0, **options):
-    """A name, "shapes" or "emoji", or a folder's path -> a source of examples.
+    """A name, "shapes", "emoji" or "edits", or a folder's path -> a source of examples.
 
     options: one_object and colored of the shapes; font (a file), variants and no_shapes of the
     emoji; or `parts`, of several sources their names and options (see flags.data_form). ValueError
@@ -453,10 +454,10 @@ def open_source(name: str, image_size: int, seed: int = 0, **options):
 
         return Mixed(options["parts"], image_size, seed)
     of_emoji = {"font": str | None, "variants": bool, "no_shapes": bool}
-    kinds = {"shapes": {"one_object": bool, "colored": bool}, "emoji": of_emoji}
+    kinds = {"shapes": {"one_object": bool, "colored": bool}, "emoji": of_emoji, "edits": {}}
     known = kinds.get(name, {})
-    if not known and not Path(name).is_dir():
-        expected = "shapes, emoji, or an existing folder of captioned pictures"
+    if name not in kinds and not Path(name).is_dir():
+        expected = "shapes, emoji, edits, or an existing folder of captioned pictures"
         raise ValueError(f"--data {name}: expected {expected}")
     for option, value in options.items():
         said = option.replace("_", "-")
@@ -468,6 +469,10 @@ def open_source(name: str, image_size: int, seed: int = 0, **options):
             raise ValueError(f"--data {name}:{said}: expected {expected}")
     if name == "shapes":
         return Shapes(image_size, seed, **options)
+    if name == "edits":
+        from extras.edits import Edits
+
+        return Edits(image_size, seed)
     if name == "emoji":
         from extras.emoji import Emoji
 

@@ -20,6 +20,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +30,7 @@ import numpy as np
 from checkpoint import SHIPPED, load_expert, pick_checkpoint, step_of_run
 from cli import (
     OneLineParser,
+    between,
     guidance_form,
     make_folder,
     one_line_errors,
@@ -44,9 +46,10 @@ from extras.colors import delta_e
 from extras.judge import Verdict, judge
 from llm import FrozenLLM
 from model import ImageExpert
-from sample import draw, file_words, llm_of
+from sample import RENOISE, RENOISE_HELP, draw, file_words, llm_of
 
 SUITES = "geneval unseen languages colors emoji ascii knowledge parrot position".split()
+OTHER_SUITES = ("describe", "edits")  # asked for by name, of a run that has learned it
 NEAR = 15.0  # CIE76 delta E within which a colour is the one that was asked for by its numbers
 FILES = ("evaluate.json", "versus.json")  # the scores of the run, and of the one beside it
 
@@ -123,7 +126,8 @@ def evaluate_suites(
         drawn = []
         shown = {}
         for run in runs:
-            pictures = draw(run.expert, run.llm, texts, seeds, args.steps, *args.guidance)
+            way = {"renoise": args.renoise}
+            pictures = draw(run.expert, run.llm, texts, seeds, args.steps, *args.guidance, **way)
             grades = list(map(grade, prompts, pictures))
             drawn.append((run.name, pictures, grades))
             scores = summarize(suite, prompts, grades)
@@ -244,18 +248,17 @@ def open_runs(args: argparse.Namespace, kind: str, suites: list[str]) -> list[Lo
     steps = {name: step_of_run(name) for name in experts}  # now: the run may still go on
     for name, expert in experts.items():
         data = expert.made_for.get("data")
-        if kind not in expert.made_for.get("mixed", [data]):  # of several, their names
+        kinds = expert.made_for.get("mixed", [data])  # of several, their names
+        if kind not in kinds and not (kind == "shapes" and data == "edits"):
             raise ValueError(
                 f"{name} was trained on {data}; the suites are {','.join(suites)} for {kind}, and "
                 "two runs must be of one kind (extras/ has suites for other data)"
             )
     args.suite = args.suite.split(",") if args.suite else list(suites)
     for suite in args.suite:
-        if kind == "shapes" and suite == "describe":
-            from extras.describing import check_describes
-
+        if kind == "shapes" and suite in OTHER_SUITES:
             for name, expert in experts.items():
-                check_describes(expert, name)
+                other_suite(suite)[0](expert, name)
         elif suite not in suites:
             expected = f"for a run on {kind} expected some of {','.join(suites)}"
             raise ValueError(f"--suite {suite}: {expected}")
@@ -272,6 +275,17 @@ def open_runs(args: argparse.Namespace, kind: str, suites: list[str]) -> list[Lo
     return runs
 
 
+def other_suite(name: str) -> tuple[Callable, Callable]:
+    """What refuses a run that has not learned it, and what scores one."""
+    if name == "describe":
+        from extras.describing import check_describes, evaluate_describing
+
+        return check_describes, evaluate_describing
+    from extras.editing import check_edits, evaluate_edits
+
+    return check_edits, evaluate_edits
+
+
 def read_results(path: Path) -> dict:
     """The results already in the file, or {}. ValueError if it is no evaluation."""
     try:
@@ -285,7 +299,7 @@ def read_results(path: Path) -> dict:
 def save_results(args: argparse.Namespace, runs: list[LoadedRun], results: dict) -> None:
     """Merge each run's scores into its file; other suites' scores there stay."""
     settings = {}
-    for name in ("half", "n", "limit", "steps", "guidance", "seed", "read"):
+    for name in ("half", "n", "limit", "steps", "renoise", "guidance", "seed", "read"):
         settings[name] = getattr(args, name)
     for run, file in zip(runs, FILES):
         entries = {"run": run.name, "made_for": run.expert.made_for}
@@ -331,6 +345,7 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
     add("--n", type=positive(int), default=1, help="pictures of each prompt")
     add("--limit", type=positive(int), help="only the first so many prompts of each row")
     add("--steps", type=positive(int), default=24, help="Euler steps")
+    add("--renoise", type=between(0, 1), default=RENOISE, help=RENOISE_HELP)
     add("--guidance", type=guidance_form, default="3", help="as sample.py takes it")
     noise = "of the noise: picture k of all starts from seed + k"
     add("--seed", type=seed_number, default=0, help=noise)
@@ -373,13 +388,12 @@ def main(argv: list[str] | None = None) -> None:
     for file in FILES:
         read_results(args.out / file)  # refused before the work
     suites = args.suite
-    args.suite = [suite for suite in suites if suite != "describe"]
+    args.suite = [suite for suite in suites if suite in SUITES]
     results, _ = evaluate_suites(args, runs)
-    if "describe" in suites:
-        from extras.describing import evaluate_describing
-
-        for name, scores in evaluate_describing(args, runs).items():
-            results[name]["describe"] = scores
+    for suite in suites:
+        if suite in OTHER_SUITES:
+            for name, scores in other_suite(suite)[1](args, runs).items():
+                results[name][suite] = scores
     args.suite = suites
     save_results(args, runs, results)
 

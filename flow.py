@@ -87,6 +87,8 @@ def euler_sample(
     interval: tuple[float, float] = (0.0, 1.0),
     renorm: bool = False,
     shift: float = 1.0,
+    renoise: float = 0.0,
+    fresh_noise: Callable | None = None,
     watch: Callable | None = None,
 ) -> Tensor:
     """Integrate dx/dt = v from noise at t = 0 to a picture at t = 1 with `steps` Euler steps.
@@ -95,6 +97,11 @@ def euler_sample(
     for t in interval; both branches go through the network as one batch:
     `context.concat(uncond_context)`. shift > 1 spends more of the steps near the noise: with
     s = 1 - t, s -> shift s / (1 + (shift - 1) s) (Esser et al. 2024, eq. 23).
+
+    Steps that end at t <= renoise draw their noise anew, by fresh_noise() -> like x. Each Euler
+    step heads for the same clean picture; what noise stays in x is only where the network's errors
+    pile up, and fresh noise lets it decide again (Karras et al. 2022, section 4, on stochastic
+    samplers; the step itself is algorithm 1 of Song et al. 2023, Consistency Models).
     watch(t, x, v) is called at every step, before x moves along v.
     """
     s = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -112,5 +119,9 @@ def euler_sample(
             v = predict(x, t, context)
         if watch is not None:
             watch(now, x, v)
-        x = x + (then - now) * v  # Euler
+        if then <= renoise:
+            clean = x + (1 - now) * v  # where v leads
+            x = (1 - then) * fresh_noise() + then * clean
+        else:
+            x = x + (then - now) * v  # Euler
     return x

@@ -50,7 +50,7 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
         prediction: str = "clean",
         made_for: dict | None = None,
         text_gains: list[list[float] | None] | None = None,
-        describes: bool = False,
+        reads_pictures: bool = False,
     ):
         super().__init__()
         layers = [TextLayer(**layer) for layer in text_layers]
@@ -67,7 +67,7 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
             "prediction": prediction,
             "made_for": made_for or {},
             "text_gains": text_gains,
-            "describes": describes,
+            "reads_pictures": reads_pictures,
         }
         self.width = width
         self.patch = patch
@@ -78,7 +78,7 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
         self.reads = [layer.index for layer in layers]
 
         self.patcher = PATCHERS[patcher](width, patch, channels)
-        if describes:  # see extras/lmfusion.py
+        if reads_pictures:  # see extras/lmfusion.py
             self.begin_of_image = nn.Parameter(torch.randn(width))
         self.embed_time = nn.Sequential(
             nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()

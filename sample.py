@@ -30,7 +30,6 @@ import torch
 from checkpoint import load_expert, pick_checkpoint
 from cli import (
     between,
-    GUIDED_FROM,
     OneLineParser,
     captioned_grid,
     guidance_form,
@@ -52,6 +51,9 @@ from loading import load_llm
 from model import ImageExpert
 
 AT_ONCE = 64  # pictures that are drawn as one batch
+RENOISE = 0.6  # up to this t noise is drawn anew at each step (see euler_sample), and then
+RENOISE_HELP = "up to this t each step draws its noise anew; 0: even steps, the first noise alone"
+SHIFT = 2.0  # more of the steps are near the noise
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # files of --out
 
 
@@ -63,34 +65,57 @@ def draw(
     seeds: list[int],
     steps: int = 24,
     guidance: float = 3.0,
-    interval: tuple[float, float] = (GUIDED_FROM, 1.0),
+    interval: tuple[float, float] = (0.0, 1.0),
     renorm: bool = False,
     batch_size: int = AT_ONCE,
     watch: Callable | None = None,
+    renoise: float = RENOISE,
 ) -> np.ndarray:
     """A picture of each prompt, from the noise of its seed -> (prompts, height, width, C) uint8.
 
     A prompt and a seed give the same picture whatever else is drawn beside it: to rounding. In
     float32 that is at most one level of 255; in bfloat16 matrix kernels sum in another order for
     another batch size; up to 7 levels were seen.
-    watch: see euler_sample; it is called for each batch in turn.
+    watch: see euler_sample; it is called for each batch in turn. renoise: see there too; with 0 the
+    steps are even, and all chance is in the first noise.
     """
     shape = (expert.channels, expert.image_size, expert.image_size)
+    shift = SHIFT if renoise else 1.0
     pictures = []
     for start in range(0, len(prompts), batch_size):
         captions = prompts[start : start + batch_size]
-        noise = []
-        for seed in seeds[start : start + batch_size]:
-            noise.append(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
-        noise = torch.stack(noise).to(llm.device)  # (B, C, height, width)
+        noise = noise_of(seeds[start : start + batch_size], shape, llm.device)
         context = llm.context(captions)  # outside of autocast, as in training
         empty = llm.context([""] * len(captions))
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
             x = euler_sample(
-                expert, noise, context, steps, empty, guidance, interval, renorm, watch=watch
+                expert,
+                noise(),
+                context,
+                steps,
+                empty,
+                guidance,
+                interval,
+                renorm,
+                shift,
+                renoise,
+                noise,
+                watch,
             )
         pictures.append(to_pixels(x))
     return np.concatenate(pictures)
+
+
+def noise_of(seeds: list[int], shape: tuple, device: torch.device) -> Callable:
+    """-> noise(): each call gives the next noise of each seed, (seeds, *shape); of a row, the same
+    whatever its neighbours, and on every device."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def noise() -> torch.Tensor:
+        rows = [torch.randn(shape, generator=generator) for generator in generators]
+        return torch.stack(rows).to(device)
+
+    return noise
 
 
 def to_pixels(x: torch.Tensor) -> np.ndarray:
@@ -171,10 +196,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     said = "say what these pictures show; --prompt is how it begins (extras/lmfusion.py)"
     add("--describe", nargs="+", metavar="PICTURE", help=said)
     add("--temperature", type=between(0, 100), default=0.0, help="of what --describe says")
+    add("--image", metavar="PICTURE", help="edit it as --prompt says (extras/editing.py)")
+    away = "from other pictures than --image, beside the --guidance of the prompt"
+    add("--image-guidance", type=between(-1000, 1000), default=1.5, help=away)
     add("--n", type=positive(int), help="pictures of each prompt (default: 1, or the benchmark's)")
     add("--seed", type=seed_number, default=0, help="picture k starts from the noise of seed + k")
     add("--steps", type=positive(int), default=24, help="Euler steps")
-    scale = "scale; 1 is none; 3:from=0:to=0.8 while t is between these; 3:renorm (flow.guide)"
+    add("--renoise", type=between(0, 1), default=RENOISE, help=RENOISE_HELP)
+    scale = "scale; 1 is none; 3:from=0.1:to=0.8 while t is between these; 3:renorm (flow.guide)"
     add("--guidance", type=guidance_form, default="3", help=scale)
     add("--out", default="samples", help="folder for the pictures, or the file of a single one")
 
@@ -207,6 +236,11 @@ def main(argv: list[str] | None = None) -> None:
     prompts, listed, layout = asked_for(args)
     out = Path(args.out)
     into_file = check_out(args, out, layout, len(prompts) * args.n)
+    if args.image:
+        from extras.editing import edit_files
+
+        edit_files(args, out, into_file)
+        return
     if args.read:
         from extras.thinking import drawing_form
 
@@ -327,7 +361,7 @@ def draw_into(
 
         windows = Windows(args, expert, llm, prompts)
     scale, interval, renorm = args.guidance
-    options = {"interval": interval, "renorm": renorm, "watch": windows}
+    options = {"interval": interval, "renorm": renorm, "watch": windows, "renoise": args.renoise}
     pictures = draw(expert, llm, prompts, seeds, args.steps, scale, **options)
     written = getattr(llm.reader, "written", {})
     for prompt in dict.fromkeys(prompts):

@@ -65,11 +65,8 @@ def train_step(
     (B,), and the gradient's norm. FloatingPointError if one of these is not finite.
     """
     args = run.args
-    described = None
-    if args.describe:  # instead of drawn
-        from extras.lmfusion import take_described
-
-        captions, pictures, described = take_described(captions, pictures, args.describe)
+    if run.tasks:
+        captions, pictures = run.tasks.take(captions, pictures)
 
     # The step's own randomness: it depends on the seed and the step alone, so that a run that was
     # killed goes on with the numbers it would have had. (On the CPU: the same on every device.)
@@ -83,7 +80,10 @@ def train_step(
     # pictures get the empty prompt instead; guidance will need to know what that draws.
     dropped = (uniform < args.caption_dropout).tolist()
     prompts = ["" if drop else caption for caption, drop in zip(captions, dropped)]
-    context = run.llm.context(prompts)
+    if run.tasks and run.tasks.pairs:
+        context = run.tasks.context(run, captions, uniform)
+    else:
+        context = run.llm.context(prompts)
 
     # The loss. x_t = (1 - t) noise + t data lies between the two; the expert sees x_t, t and the
     # caption, and answers a velocity. The right one is data - noise, the way from noise to picture:
@@ -91,8 +91,8 @@ def train_step(
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
         losses = flow_loss(predict, data, noise, t, context)  # (B,)
     loss = losses.mean()
-    if described:
-        loss = loss + args.lm_weight * described.loss(run)
+    if run.tasks:
+        loss = loss + run.tasks.loss(run)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.expert.parameters(), LARGEST_GRADIENT)
     check_finite(run, loss.detach(), norm)
@@ -139,6 +139,7 @@ class Run:
     dtype: torch.dtype
     data_identity: dict[str, str]  # what the data is and, unless from the seed, its fingerprint
     step: int = 0  # steps done
+    tasks: object = None  # beside drawing from captions: see extras/lmfusion_training.py
     lm_losses: list[Tensor] = field(default_factory=list)  # of what was described, until logged
 
 
@@ -161,7 +162,8 @@ def batches(
     while True:
         end = (step // ahead + 1) * ahead  # a resumed run cuts the same windows
         examples = [source.example(i, draws) for i in range(step * per_step, end * per_step)]
-        llm.lookup([caption for caption, _ in examples])
+        if not getattr(source, "pairs", False):
+            llm.lookup([caption for caption, _ in examples])
         for i in range(0, len(examples), per_step):
             captions = []
             pictures = []
@@ -235,19 +237,26 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
         "data": name,
         **source.made_for,
     }
+    tasks = None
+    if args.describe or getattr(source, "pairs", False):
+        from extras.lmfusion_training import tasks_of
+
+        tasks = tasks_of(args, source)
+        made_for["describe"] = args.describe
     if args.start:
         from extras.starting import expert_like
 
-        expert = expert_like(args, origin, metadata, made_for).to(device)
+        reads_pictures = tasks is not None
+        expert = expert_like(args, origin, metadata, made_for, reads_pictures).to(device)
     else:
-        expert = build_expert(args, llm, source, made_for).to(device)
+        expert = build_expert(args, llm, source, made_for, tasks is not None).to(device)
     expert.attach(llm)
     make_folder(args.out)  # nothing is written before everything is there
     ema = type(expert)(**expert.config).to(device).requires_grad_(False)
     ema.load_state_dict(expert.state_dict())
     ema.attach(llm)  # of use to a tower that holds on to the LLM
     optimizers = build_optimizers(expert, args.lr, args.weight_decay)
-    run = Run(args, source, llm, expert, ema, optimizers, device, dtype, data_identity)
+    run = Run(args, source, llm, expert, ema, optimizers, device, dtype, data_identity, tasks=tasks)
     if metadata:
         checkpoint.load_run(run, metadata, tensors)
     print_run(run)
@@ -309,7 +318,9 @@ def set_reader(args: argparse.Namespace, llm: FrozenLLM, before: dict) -> dict:
     return reading
 
 
-def build_expert(args: argparse.Namespace, llm: FrozenLLM, source, made_for: dict) -> ImageExpert:
+def build_expert(
+    args: argparse.Namespace, llm: FrozenLLM, source, made_for: dict, reads_pictures: bool
+) -> ImageExpert:
     """A tower of the size that is asked for, beside this LLM, fresh from the seed."""
     preset = SIZES[args.size]
     most = len(llm.layers) or preset["depth"]
@@ -325,7 +336,7 @@ def build_expert(args: argparse.Namespace, llm: FrozenLLM, source, made_for: dic
         "image_size": args.image_size,
         "prediction": args.prediction,
         "made_for": made_for,
-        "describes": args.describe > 0,
+        "reads_pictures": reads_pictures,
     }
     torch.manual_seed(args.seed)
     name, options = colon_form(args.bridge)
@@ -419,9 +430,13 @@ def train_loop(run: Run, until: int, progress: tqdm) -> None:
 def draw_samples(run: Run) -> Path:
     """A grid of the source's own prompts, each from the noise of the run's seed."""
     prompts = list(run.source.prompts)
-    pictures = draw(run.ema, run.llm, prompts, [run.args.seed] * len(prompts))
+    seeds = [run.args.seed] * len(prompts)
+    if run.tasks and run.tasks.pairs:
+        pictures = run.tasks.samples(run, prompts, seeds)
+    else:
+        pictures = draw(run.ema, run.llm, prompts, seeds)[:, None]
     path = Path(run.args.out) / f"samples-{run.step:06d}.png"
-    write_whole(path, captioned_grid(pictures[:, None], prompts).save)
+    write_whole(path, captioned_grid(pictures, prompts).save)
     return path
 
 

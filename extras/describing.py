@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from cli import write_whole
 from data import (
@@ -29,13 +31,76 @@ from data import (
 )
 from evaluate import Grade, LoadedRun, Prompt, is_in
 from extras.files import read_picture
-from extras.lmfusion import check_describes, describe
+from extras.lmfusion import LINE, Sequence, after_pictures, logits_of
 from extras.tables import compare, print_suite, sheet, summarize
 from llm import FrozenLLM
 from model import ImageExpert
 from sample import open_towers, to_tensor
 
 AT_ONCE = 32  # pictures that are described as one batch
+
+
+def check_describes(expert: ImageExpert, name: str) -> None:
+    """ValueError if an expert, out of the checkpoint of this name, never learned to describe."""
+    if not expert.made_for.get("describe"):
+        raise ValueError(
+            f"{name} never learned to describe: expected a run that was trained with "
+            "train.py --describe 0.2"
+        )
+
+
+@torch.no_grad()
+def describe(
+    llm: FrozenLLM,
+    expert: ImageExpert,
+    pictures: Tensor,
+    beginning: str = "",
+    temperature: float = 0.0,
+    seeds: list[int] | None = None,
+    tokens: int = 48,
+) -> list[str]:
+    """What the LLM says of each picture, (B, C, height, width) in [-1, 1], after this beginning:
+    until its tokenizer's end, a line's end, or so many tokens.
+
+    temperature 0: the most likely token each time; else drawn, from the chance of each row's seed.
+    """
+    sequence = after_pictures(llm, expert, pictures)
+    first = sequence.tokens(LINE) + (sequence.tokens(beginning) if beginning else [])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(pictures))]
+    hidden = sequence.read_tokens([first] * len(pictures))[:, -1]  # (B, d)
+    said: list[list[int]] = [[] for _ in pictures]
+    for _ in range(tokens):
+        new = []
+        for row, generator in zip(logits_of(llm, hidden).cpu(), generators):
+            new.append(next_token(row, temperature, generator))
+        for ids, token in zip(said, new):
+            ids.append(token)
+        if all(has_ended(sequence, ids) for ids in said):
+            break
+        hidden = sequence.read_tokens([[token] for token in new])[:, -1]
+    return [beginning + text_of(sequence, ids) for ids in said]
+
+
+def next_token(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    """logits (vocabulary,) -> a token."""
+    if not temperature:
+        return int(logits.argmax())
+    chances = (logits / temperature).softmax(dim=0)
+    return int(torch.multinomial(chances, 1, generator=generator))
+
+
+def has_ended(sequence: Sequence, ids: list[int]) -> bool:
+    tokenizer = sequence.llm.tokenizer
+    return tokenizer.eos_token_id in ids or "\n" in tokenizer.decode(ids)
+
+
+def text_of(sequence: Sequence, ids: list[int]) -> str:
+    """The text of the tokens, up to its end."""
+    tokenizer = sequence.llm.tokenizer
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return tokenizer.decode(ids).partition("\n")[0]
+
 
 # -------------------------------------------------------------------------------------------------
 # a caption -> the scene that it tells of

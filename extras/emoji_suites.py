@@ -66,7 +66,8 @@ def evaluate_emoji(
         seeds = list(range(args.seed, args.seed + len(prompts)))
         blocks = []
         for run in runs:
-            pictures = draw(run.expert, run.llm, names, seeds, args.steps, *args.guidance)
+            way = {"renoise": args.renoise}
+            pictures = draw(run.expert, run.llm, names, seeds, args.steps, *args.guidance, **way)
             places = {}
             for measure, features in measures.items():
                 places[measure] = ranks(features(pictures), features(candidates), truth)

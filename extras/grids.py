@@ -59,7 +59,8 @@ def _paste_cell(image: Image.Image, x: int, y: int, cell: Cell) -> None:
     if right is not None:
         frame = (x, y, x + SIDE + 3, y + SIDE + 3)
         ink.rectangle(frame, fill=GREEN if right else RED)
-    enlarged = Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    height = SIDE * picture.shape[0] // picture.shape[1]
+    enlarged = Image.fromarray(picture).resize((SIDE, height), Image.Resampling.NEAREST)
     image.paste(enlarged, (x + 2, y + 2))
     write_small(ink, (x, y + SIDE + 5), text, COLUMN - 6, lines=3)
 

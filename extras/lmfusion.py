@@ -1,7 +1,9 @@
-"""LMFusion (Shi et al. 2024): one frozen LLM and one image tower that draw and describe.
+"""LMFusion (Shi et al. 2024): one frozen LLM and one image tower that draw, describe and edit.
 
     python train.py --describe 0.2                     # a fifth of each batch is image first
-    python sample.py --describe picture.png
+    python sample.py --describe picture.png            # describing.py
+    python train.py --from runs/shapes --data edits    # a picture, an instruction, a picture
+    python sample.py --image in.png --prompt "make the circle red"     # edits.py
 
 The cache is the interface in both directions. Texts and pictures may stand in any order: each part
 is run by its own tower, reads what all parts before it have left in the cache, and leaves its own
@@ -27,13 +29,15 @@ from torch.nn.utils.rnn import pad_sequence
 from attention import joint_attention, text_mask
 from extras.joint import run_with_attention
 from extras.mirror import MirrorTower, ReadOnlyCache
+from flow import euler_sample
 from llm import Context, FrozenLLM
 from model import ExpertBlock, ImageExpert
-from sample import to_tensor
+from sample import RENOISE, SHIFT, noise_of, to_pixels, to_tensor
 
 LINE = "\n"  # stands between a picture and its caption
 PADDING = -1
 IGNORED = -100  # no target: cross_entropy leaves it out
+EDIT_GUIDANCE = (3.0, 1.5)  # of the instruction, and of the picture
 
 
 @dataclass
@@ -229,50 +233,11 @@ def in_the_scale_of_text(block: ExpertBlock, img_k: Tensor) -> Tensor:
 # describing
 
 
-def check_describes(expert: ImageExpert, name: str) -> None:
-    """ValueError if an expert, out of the checkpoint of this name, never learned to describe."""
-    if not expert.config.get("describes"):
-        raise ValueError(
-            f"{name} never learned to describe: expected a run that was trained with "
-            "train.py --describe 0.2"
-        )
-
-
 def after_pictures(llm: FrozenLLM, expert: ImageExpert, pictures: Tensor) -> Sequence:
     """What the LLM knows before it describes these pictures, (B, C, height, width) in [-1, 1]."""
     sequence = Sequence(llm, expert, len(pictures))
     sequence.read_picture(pictures)
     return sequence
-
-
-@dataclass
-class Described:
-    """The part of a batch whose captions are learned from its pictures: captions, and pictures
-    (B, height, width, 3) uint8."""
-
-    captions: list[str]
-    pictures: np.ndarray
-
-    def loss(self, run) -> Tensor:
-        """The mean caption_loss of a train.Run's towers; the run keeps it for its log."""
-        pictures = to_tensor(self.pictures, run.device)
-        loss = caption_loss(run.llm, run.expert, pictures, self.captions).mean()
-        run.lm_losses.append(loss.detach())
-        return loss
-
-
-def take_described(
-    captions: list[str], pictures: np.ndarray, share: float
-) -> tuple[list[str], np.ndarray, Described | None]:
-    """This share of a batch, evenly from all of it, is described. -> captions and pictures of the
-    rest, and the Described."""
-    B = len(captions)
-    count = round(share * B)
-    chosen = {(2 * k + 1) * B // (2 * count) for k in range(count)}
-    rest = [i for i in range(B) if i not in chosen]
-    chosen = sorted(chosen)
-    described = Described([captions[i] for i in chosen], pictures[chosen]) if chosen else None
-    return [captions[i] for i in rest], pictures[rest], described
 
 
 def caption_loss(
@@ -315,54 +280,55 @@ def end_of(sequence: Sequence) -> int:
     return sequence.tokens(LINE)[-1] if end is None else end
 
 
-@torch.no_grad()
-def describe(
-    llm: FrozenLLM,
-    expert: ImageExpert,
-    pictures: Tensor,
-    beginning: str = "",
-    temperature: float = 0.0,
-    seeds: list[int] | None = None,
-    tokens: int = 48,
-) -> list[str]:
-    """What the LLM says of each picture, (B, C, height, width) in [-1, 1], after this beginning:
-    until its tokenizer's end, a line's end, or so many tokens.
+# -------------------------------------------------------------------------------------------------
+# editing: a picture, an instruction, and the picture after it
 
-    temperature 0: the most likely token each time; else drawn, from the chance of each row's seed.
-    """
+
+def edit_contexts(
+    llm: FrozenLLM, expert: ImageExpert, pictures: Tensor, instructions: list[str]
+) -> list[Context]:
+    """What the tower reads before it draws the edited pictures, the weakest first: nothing, the
+    picture (B, C, height, width), and the picture and its instruction."""
     sequence = after_pictures(llm, expert, pictures)
-    first = sequence.tokens(LINE) + (sequence.tokens(beginning) if beginning else [])
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(pictures))]
-    hidden = sequence.read_tokens([first] * len(pictures))[:, -1]  # (B, d)
-    said: list[list[int]] = [[] for _ in pictures]
-    for _ in range(tokens):
-        new = []
-        for row, generator in zip(logits_of(llm, hidden).cpu(), generators):
-            new.append(next_token(row, temperature, generator))
-        for ids, token in zip(said, new):
-            ids.append(token)
-        if all(has_ended(sequence, ids) for ids in said):
-            break
-        hidden = sequence.read_tokens([[token] for token in new])[:, -1]
-    return [beginning + text_of(sequence, ids) for ids in said]
+    picture = sequence.context()
+    sequence.read_text([LINE + text for text in instructions])
+    return [llm.context([""] * len(instructions)), picture, sequence.context()]
 
 
-def next_token(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
-    """logits (vocabulary,) -> a token."""
-    if not temperature:
-        return int(logits.argmax())
-    chances = (logits / temperature).softmax(dim=0)
-    return int(torch.multinomial(chances, 1, generator=generator))
+@torch.no_grad()
+def draw_edits(
+    expert: ImageExpert,
+    llm: FrozenLLM,
+    before: np.ndarray,
+    instructions: list[str],
+    seeds: list[int],
+    steps: int = 24,
+    guidance: tuple[float, float] = EDIT_GUIDANCE,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Each picture, (n, height, width, C) uint8, after its instruction, from the noise of its seed.
 
+    guidance: away from the picture without its instruction, and away from no picture, as
+    InstructPix2Pix has them (section 3.2.1, eq. 3): v = v(0) + s_I (v(I) - v(0)) + s_T (v(I, T) -
+    v(I)).
+    """
+    text_scale, picture_scale = guidance
+    shape = (expert.channels, expert.image_size, expert.image_size)
+    edited = []
+    for start in range(0, len(before), batch_size):
+        some = slice(start, start + batch_size)
+        noise = noise_of(seeds[some], shape, llm.device)
+        pictures = to_tensor(before[some], llm.device)
+        nothing, picture, full = edit_contexts(llm, expert, pictures, instructions[some])
+        every = nothing.concat(picture).concat(full)
 
-def has_ended(sequence: Sequence, ids: list[int]) -> bool:
-    tokenizer = sequence.llm.tokenizer
-    return tokenizer.eos_token_id in ids or "\n" in tokenizer.decode(ids)
+        def guided(x_t: Tensor, t: Tensor, context: Context) -> Tensor:
+            v = expert(torch.cat([x_t] * 3), torch.cat([t] * 3), context)
+            v_nothing, v_picture, v_full = v.chunk(3)
+            v = v_nothing + picture_scale * (v_picture - v_nothing)
+            return v + text_scale * (v_full - v_picture)
 
-
-def text_of(sequence: Sequence, ids: list[int]) -> str:
-    """The text of the tokens, up to its end."""
-    tokenizer = sequence.llm.tokenizer
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return tokenizer.decode(ids).partition("\n")[0]
+        with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
+            way = {"shift": SHIFT, "renoise": RENOISE, "fresh_noise": noise}
+            edited.append(to_pixels(euler_sample(guided, noise(), every, steps, **way)))
+    return np.concatenate(edited)

@@ -45,7 +45,7 @@ class MirrorTower(ImageExpert):
         prediction: str = "clean",
         checkpointing: bool = False,
         made_for: dict | None = None,
-        describes: bool = False,
+        reads_pictures: bool = False,
     ):
         nn.Module.__init__(self)  # the decoder stands in the place of ImageExpert's blocks
         self.config = {
@@ -58,7 +58,7 @@ class MirrorTower(ImageExpert):
             "prediction": prediction,
             "checkpointing": checkpointing,
             "made_for": made_for or {},
-            "describes": describes,
+            "reads_pictures": reads_pictures,
         }
         if image_size % patch:
             raise ValueError(f"--image-size {image_size} does not divide by --patch {patch}")
@@ -75,7 +75,7 @@ class MirrorTower(ImageExpert):
         self.width = config.hidden_size
         self.reads = list(range(config.num_hidden_layers))
         self.patcher = PATCHERS[patcher](self.width, patch, channels)
-        if describes:
+        if reads_pictures:
             self.begin_of_image = nn.Parameter(torch.randn(self.width))
         self.embed_time = nn.Sequential(
             nn.Linear(256, self.width), nn.SiLU(), nn.Linear(self.width, self.width)

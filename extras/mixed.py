@@ -36,6 +36,8 @@ class Mixed:
         for i, (name, options) in enumerate(parts):
             if name in self.names[:i]:
                 raise ValueError(f"--data {together}: expected {name} once, not twice")
+            if name == "edits":
+                raise ValueError(f"--data {together}: edits are pairs, and stand alone")
             options = dict(options)
             weight = whole_weight(name, options.pop("weight", "1"))
             if name == "emoji" and "shapes" in self.names:

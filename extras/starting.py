@@ -22,7 +22,11 @@ MAY_DIFFER = {"llm", "image_size"}  # the LLM's place: it is what lies there tha
 
 
 def expert_like(
-    args: argparse.Namespace, origin: ImageExpert | None, metadata: dict, made_for: dict
+    args: argparse.Namespace,
+    origin: ImageExpert | None,
+    metadata: dict,
+    made_for: dict,
+    reads_pictures: bool = False,
 ) -> ImageExpert:
     """The expert of a new run, with the weights of `origin`; made_for gets where it comes from.
 
@@ -38,14 +42,14 @@ def expert_like(
     weights = find_checkpoint(args.start, "--from")
     made_for["from"] = {"name": args.start, "sha256": file_sha256(weights)}
     new = {"image_size": args.image_size, "made_for": made_for}
-    if "describes" in origin.config:
-        new["describes"] = args.describe > 0
+    if "reads_pictures" in origin.config:
+        new["reads_pictures"] = reads_pictures
     torch.manual_seed(args.seed)
     expert = type(origin)(**origin.config | new)
     weights = origin.state_dict()
-    if args.describe and "begin_of_image" not in weights:  # it learns to
+    if reads_pictures and "begin_of_image" not in weights:  # it learns to
         weights["begin_of_image"] = expert.begin_of_image.detach()
-    elif not args.describe:  # no longer
+    elif not reads_pictures:  # no longer
         weights.pop("begin_of_image", None)
     expert.load_state_dict(weights)
     return expert

@@ -267,8 +267,8 @@ def test_layers_beyond_all_numbers(tiny_run, capsys):
 
 
 def test_guidance_and_what_belongs_to_it(capsys):
-    assert cli.guidance_form("3") == (3, (cli.GUIDED_FROM, 1), False)
-    assert cli.guidance_form("3:from=0") == (3, (0, 1), False)
+    assert cli.guidance_form("3") == (3, (0, 1), False)
+    assert cli.guidance_form("3:from=0.2") == (3, (0.2, 1), False)
     assert cli.guidance_form("3:to=0.05") == (3, (0.05, 0.05), False)
     assert cli.guidance_form("-1.5:from=0.2:to=0.8:renorm") == (-1.5, (0.2, 0.8), True)
     for options in ("from=nan:to=1", "from=0:to=inf", "from=0.8:to=0.2", "from", "to=", "renorm=1"):
@@ -340,6 +340,7 @@ def test_a_folder_may_have_a_colon(tmp_path, monkeypatch):
 
 STILL_THERE = {  # the race hands to train.py what is not its own; --image is short for --image-size
     "train": ("--batch-size", "--image"),
+    "sample": ("--image",),
     "race": ("--batch-size", "--image", "--minutes", "--seeds"),
 }
 

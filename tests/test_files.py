@@ -290,7 +290,7 @@ def test_folders_of_other_systems(tmp_path):
 def test_folder_faults(tmp_path):
     with pytest.raises(ValueError, match=r"holds no captioned picture \(0 pictures"):
         open_source(str(tmp_path), 16)
-    with pytest.raises(ValueError, match="expected shapes, emoji, or an existing folder"):
+    with pytest.raises(ValueError, match="expected shapes, emoji, edits, or an existing folder"):
         open_source(str(tmp_path / "nowhere"), 16)
     save_pictures(tmp_path, {"good.png": "good", "bad.png": "bad", "worse.png": "worse"})
     (tmp_path / "bad.png").write_bytes(b"not a picture")

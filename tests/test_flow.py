@@ -55,6 +55,61 @@ def test_a_network_that_knows_the_picture_lands_on_it(steps, shift):
     assert (end - goal).abs().max() <= 1e-4
 
 
+def test_fresh_noise_up_to_a_time():
+    """Steps that end there land on the predicted clean picture with a noise of its own; the others
+    are Euler's."""
+    torch.manual_seed(0)
+    noise, goal, *fresh = torch.randn(6, 2, 3, 8, 8, dtype=torch.float64).unbind(0)
+    handed = []
+    seen = []
+
+    def next_noise():
+        handed.append(fresh[len(handed)])
+        return handed[-1]
+
+    end = euler_sample(
+        lambda x, t, context: to_velocity(goal, x, t),
+        noise,
+        None,
+        4,
+        renoise=0.5,
+        fresh_noise=next_noise,
+        watch=lambda t, x, v: seen.append((t, x)),
+    )
+    assert len(handed) == 2, "the steps to 0.25 and to 0.5"
+    assert [t for t, _ in seen] == [0, 0.25, 0.5, 0.75]
+    for t, x in seen:
+        its_noise = {0: noise, 0.25: fresh[0]}.get(t, fresh[1])
+        assert torch.allclose(x, (1 - t) * its_noise + t * goal)
+    assert (end - goal).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("renoise", [0.0, 0.6])
+def test_two_pictures_come_out_half_and_half(renoise):
+    """Data that is +1 or -1 everywhere, and the network that is right about it: both come out, as
+    often, and nothing between them."""
+    torch.manual_seed(0)
+
+    def predict(x, t, context):
+        t = t.view(-1, 1, 1, 1)
+        evidence = (t * x / (1 - t) ** 2).sum(dim=(1, 2, 3), keepdim=True)
+        return to_velocity(torch.tanh(evidence).expand_as(x), x, t.flatten())
+
+    shape = (2000, 1, 2, 2)
+    end = euler_sample(
+        predict,
+        torch.randn(shape),
+        None,
+        48,
+        shift=2.0,
+        renoise=renoise,
+        fresh_noise=lambda: torch.randn(shape),
+    )
+    which = end.mean(dim=(1, 2, 3))
+    assert ((which.abs() - 1).abs() < 0.05).float().mean() > 0.97
+    assert 0.45 < (which > 0).float().mean() < 0.55
+
+
 def test_at_the_end_of_time_the_velocity_is_finite():
     x = torch.randn(1, 3, 4, 4)
     assert to_velocity(x + 0.1, x, torch.ones(1)).isfinite().all()

@@ -17,9 +17,9 @@ from attention import joint_attention_definition
 from checkpoint import load_expert
 from conftest import CPU
 from data import COLORS, Scene, Shapes, Thing
-from extras.describing import scene_of, why_wrong
+from extras.describing import describe, scene_of, why_wrong
 from extras.joint import run_with_attention
-from extras.lmfusion import Sequence, caption_loss, describe, interleave, logits_of
+from extras.lmfusion import Sequence, caption_loss, interleave, logits_of
 from extras.mirror import MirrorTower
 from model import ImageExpert
 
@@ -34,7 +34,7 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
 def describing_expert(llm, depth: int = 2, layers: str = "all") -> ImageExpert:
     """With random weights everywhere, so that every part matters."""
     torch.manual_seed(1)
-    shared = {"patch": 8, "image_size": SIDE, "describes": True}
+    shared = {"patch": 8, "image_size": SIDE, "reads_pictures": True}
     expert = ImageExpert.beside(llm, width=32, depth=depth, heads=None, layers=layers, **shared)
     return shaken(expert, llm)
 
@@ -202,7 +202,7 @@ def test_a_text_alone_is_the_context_that_drawing_has(kind, tiny_llm):
 def test_the_loss_trains_the_tower_and_leaves_the_llm(tower, tiny_llm):
     llm = tiny_llm("llama")
     if tower == "mirror":
-        shared = {"patch": 8, "image_size": SIDE, "describes": True}
+        shared = {"patch": 8, "image_size": SIDE, "reads_pictures": True}
         expert = shaken(MirrorTower.beside(llm, **shared), llm)
     else:
         layers = {"mot": "all", "two blocks a layer": "1"}[tower]
@@ -294,7 +294,7 @@ def test_a_run_that_describes(tiny_run, tmp_path, capsys):
     own = ["--steps", 2, "--device", "cpu", "--batch-size", 8, "--warmup", 1]
     trained("--from", tmp_path / "draws", *own, "--describe", "0.5", "--out", tmp_path / "both")
     trained("--from", tmp_path / "both", *own, "--out", tmp_path / "after")
-    assert not load_expert(str(tmp_path / "after"), CPU).config["describes"]
+    assert not load_expert(str(tmp_path / "after"), CPU).config["reads_pictures"]
 
     # what it says
     picture = tmp_path / "a.png"

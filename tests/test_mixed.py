@@ -69,7 +69,7 @@ def test_a_folder_with_commas_is_a_folder(tmp_path, monkeypatch):
 def test_what_is_no_mixture_is_refused(tmp_path):
     folder = make_pictures(tmp_path / "mine", "red")
     cases = {
-        "shapes,shapez": "--data shapez: expected shapes, emoji, or an existing folder",
+        "shapes,shapez": "--data shapez: expected shapes, emoji, edits, or an existing folder",
         "shapes,": "--data shapes,: expected a source on each side of a comma",
         "shapes,shapes:one-object": "--data shapes,shapes: expected shapes once, not twice",
         "shapes:variants,emoji": "--data shapes has no option 'variants'; it has one-object",

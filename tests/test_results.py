@@ -131,7 +131,7 @@ def samplers() -> list[list[str]]:
     columns = [("4", "5"), ("6", "7"), ("8",), ("11", "12"), ("15", "16"), ("23", "24")]
     columns += [("47", "48"), ("100",)]
     rows = []
-    for name in ("euler", "heun", "ab2"):
+    for name in ("euler", "heun", "ab2", "fresh"):
         scores = read("samplers")[name]
         cells = []
         for calls in columns:
@@ -396,7 +396,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("README.md", "What it shows"): [headline],
     ("RESULTS.md", "What does the default run learn?"): [default_scores],
     ("RESULTS.md", "Which U-Net?"): [unets, agreement],
-    ("RESULTS.md", "Does a second-order sampler pay?"): [samplers],
+    ("RESULTS.md", "What does the sampler decide?"): [samplers],
     ("RESULTS.md", "Should the network predict the clean picture or the velocity?"): [prediction],
     ("RESULTS.md", "Does the LLM's knowledge reach the picture?"): [suites, each_language],
     ("RESULTS.md", "Does the LLM not know it, or does the expert not hear it?"): [probe],

@@ -282,7 +282,7 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_run, llm_folder, t
         (["--data", tmp_path / "empty"], "holds no captioned picture"),
         (["--data", "emoji:one-object"], "--data emoji has no option 'one-object'"),
         (["--data", "shapes:variants"], "--data shapes has no option 'variants'"),
-        (["--data", "shapez"], "--data shapez: expected shapes, emoji, or an existing folder"),
+        (["--data", "shapez"], "--data shapez: expected shapes, emoji, edits, or an existing folder"),
         (["--template", "a picture"], "--template 'a picture': expected a text with one {}"),
         (["--read", "after"], "--read after: the template '{}' has no text after the caption"),
         (["--llm", "nobody/no-such-llm"], "--llm nobody/no-such-llm: "),

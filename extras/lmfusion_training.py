@@ -1,0 +1,85 @@
+"""What LMFusion adds to a training step: pictures that are described, and pairs that are edits.
+
+python train.py --describe 0.2
+python train.py --from runs/shapes --data edits
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extras.lmfusion import caption_loss, draw_edits, edit_contexts
+from llm import Context
+from sample import to_tensor
+
+
+def tasks_of(args: argparse.Namespace, source) -> "Tasks | None":
+    """What a run has to do beside drawing from captions: nothing (None), or Tasks. ValueError for
+    two at once."""
+    pairs = getattr(source, "pairs", False)
+    if pairs and args.describe:
+        raise ValueError(
+            f"--describe: --data {args.data} has instructions, which describe no picture; leave "
+            "one out"
+        )
+    return Tasks(args.describe, pairs) if args.describe or pairs else None
+
+
+class Tasks:
+    """The further tasks of a train.Run: `describe`, the share of each batch that is described, or
+    `pairs`, whether its pictures are pairs, before and after an edit."""
+
+    def __init__(self, describe: float, pairs: bool):
+        self.describe = describe
+        self.pairs = pairs
+        self.described: tuple[list[str], np.ndarray] | None = None
+        self.before: np.ndarray | None = None
+
+    def take(self, captions: list[str], pictures: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Captions and pictures of a batch -> those that are drawn. The others are kept: pictures
+        to be described, evenly from all of the batch, or those before the edit."""
+        if self.pairs:
+            self.before = pictures[:, 0]  # (B, height, width, 3)
+            return captions, pictures[:, 1]
+        B = len(captions)
+        count = round(self.describe * B)
+        chosen = [(2 * k + 1) * B // (2 * count) for k in range(count)]
+        rest = sorted(set(range(B)) - set(chosen))
+        self.described = ([captions[i] for i in chosen], pictures[chosen])
+        return [captions[i] for i in rest], pictures[rest]
+
+    def context(self, run, captions: list[str], uniform: Tensor) -> Context:
+        """What is read before the edited pictures are drawn.
+
+        Where uniform (B,) is below the run's share of dropped captions, the instruction is left
+        out; in half of these the picture too (InstructPix2Pix, Brooks et al. 2023, section 3.2.1).
+        One reading of a picture and its instruction serves all draws of that pair.
+        """
+        draws = run.args.draws
+        pictures = to_tensor(self.before[::draws], run.device)
+        contexts = edit_contexts(run.llm, run.expert, pictures, captions[::draws])
+        every = contexts[0].concat(contexts[1]).concat(contexts[2])
+        share = run.args.caption_dropout
+        branch = (uniform >= share / 2).long() + (uniform >= share).long()  # 0, 1, 2
+        pair = torch.arange(len(captions)) // draws
+        row = (branch * len(pictures) + pair).to(run.device)
+        keys = [x[row] for x in every.keys]
+        values = [x[row] for x in every.values]
+        return Context(keys, values, every.lengths[row])
+
+    def loss(self, run) -> Tensor | float:
+        """The LLM's loss on what is described, weighted; the run keeps it for its log."""
+        if not self.described or not self.described[0]:
+            return 0.0
+        captions, pictures = self.described
+        losses = caption_loss(run.llm, run.expert, to_tensor(pictures, run.device), captions)
+        run.lm_losses.append(losses.detach().mean())
+        return run.args.lm_weight * losses.mean()
+
+    def samples(self, run, prompts: list[str], seeds: list[int]) -> np.ndarray:
+        """(prompts, 2, height, width, 3) uint8: pictures before and after an edit."""
+        before = run.source.shown()
+        after = draw_edits(run.ema, run.llm, before, prompts, seeds)
+        return np.stack([before, after], axis=1)
