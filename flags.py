@@ -118,9 +118,10 @@ def check_forms(args: argparse.Namespace) -> None:
         from extras.bridges import OPTIONS
 
         name = colon_form(args.bridge, OPTIONS, "--bridge")[0]
-        if args.describe and name not in WRITES_KEYS:
+        if (args.describe or args.data == "edits") and name not in WRITES_KEYS:
+            asked = "--describe" if args.describe else "--data edits"
             raise ValueError(
-                f"--describe: --bridge {name} has no image keys that the LLM could read; expected "
+                f"{asked}: --bridge {name} has no image keys that the LLM could read; expected "
                 f"one of {', '.join(WRITES_KEYS)}"
             )
     if args.read:

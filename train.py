@@ -162,7 +162,7 @@ def batches(
     while True:
         end = (step // ahead + 1) * ahead  # a resumed run cuts the same windows
         examples = [source.example(i, draws) for i in range(step * per_step, end * per_step)]
-        if not getattr(source, "pairs", False):
+        if not getattr(source, "before_and_after", False):
             llm.lookup([caption for caption, _ in examples])
         for i in range(0, len(examples), per_step):
             captions = []
@@ -238,7 +238,7 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
         **source.made_for,
     }
     tasks = None
-    if args.describe or getattr(source, "pairs", False):
+    if args.describe or getattr(source, "before_and_after", False):
         from extras.lmfusion_training import tasks_of
 
         tasks = tasks_of(args, source)

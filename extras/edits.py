@@ -21,6 +21,7 @@ from data import (
     Thing,
     draw_things,
 )
+from extras.colors import same_color
 
 KINDS = ("color", "shape", "move", "remove", "add")
 CELLS = (0.2, 0.5, 0.8)  # of a place, in units of the side
@@ -91,7 +92,7 @@ class Edits:
     instruction asks for is one picture.
     """
 
-    pairs = True
+    before_and_after = True
     prompts = (
         "make the circle red",
         "turn the star into a heart",
@@ -189,8 +190,8 @@ def edit_of(kind: str, scene: list[Placed], rng: np.random.Generator) -> Edit | 
     after = list(others)
     if kind == "color":
         new = replace(old, color=random_color(rng))
-        if COLORS[new.color] == COLORS[old.color]:
-            return None
+        if same_color(COLORS[new.color], COLORS[old.color]):
+            return None  # nobody would see the change
         said = pick(COLOR_FORMS, rng).format(the=the, c=new.color)
         after.append(new)
     elif kind == "shape":

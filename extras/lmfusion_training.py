@@ -18,7 +18,7 @@ from sample import to_tensor
 def tasks_of(args: argparse.Namespace, source) -> "Tasks | None":
     """What a run has to do beside drawing from captions: nothing (None), or Tasks. ValueError for
     two at once."""
-    pairs = getattr(source, "pairs", False)
+    pairs = getattr(source, "before_and_after", False)
     if pairs and args.describe:
         raise ValueError(
             f"--describe: --data {args.data} has instructions, which describe no picture; leave "

@@ -269,7 +269,7 @@ def test_layers_beyond_all_numbers(tiny_run, capsys):
 def test_guidance_and_what_belongs_to_it(capsys):
     assert cli.guidance_form("3") == (3, (0, 1), False)
     assert cli.guidance_form("3:from=0.2") == (3, (0.2, 1), False)
-    assert cli.guidance_form("3:to=0.05") == (3, (0.05, 0.05), False)
+    assert cli.guidance_form("3:to=0.05") == (3, (0, 0.05), False)
     assert cli.guidance_form("-1.5:from=0.2:to=0.8:renorm") == (-1.5, (0.2, 0.8), True)
     for options in ("from=nan:to=1", "from=0:to=inf", "from=0.8:to=0.2", "from", "to=", "renorm=1"):
         told = refusal(capsys, sample.main, "--prompt", "x", "--guidance", f"3:{options}")
