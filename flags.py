@@ -49,6 +49,8 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     args = parser.parse_args(argv)
     if origin:
         check_flags(args, origin)
+    if args.objective == "ddpm":
+        args.prediction = "noise"
     args.patch = args.patch or min(16, max(1, args.image_size // 4))
     if args.time_mean is None:
         args.time_mean = time_mean(args.image_size)
@@ -160,6 +162,8 @@ def make_parser() -> OneLineParser:
     add("--patch", type=positive(int), help=tokens)
     add("--patcher", default="unet", choices=PATCHERS, help="from pixels to tokens and back")
     add("--prediction", default="clean", choices=["clean", "velocity"], help="the head's output")
+    objective = "what is learned: a rectified flow, or LMFusion's DDPM (extras/ddpm.py)"
+    add("--objective", default="flow", choices=["flow", "ddpm"], help=objective)
     add("--bridge", default="mot", help="mot, shared attention, or one of extras/bridges.py")
     described = "share of each batch that is described, the picture first (extras/lmfusion.py)"
     add("--describe", type=share, default=0.0, help=described)

@@ -141,9 +141,10 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
         return self.as_velocity(out, x_t, t)
 
     def as_velocity(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """What the patcher gives, clean pictures or velocities, as velocities in float32."""
+        """What the patcher gives in float32: of clean pictures the velocities; velocities, or the
+        noise of extras/ddpm.py, as they are."""
         out = out.float()
-        return out if self.prediction == "velocity" else to_velocity(out, x_t, t)
+        return to_velocity(out, x_t, t) if self.prediction == "clean" else out
 
     # PyTorchModelHubMixin gives save_pretrained, from_pretrained, push_to_hub, and calls these two
 

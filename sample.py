@@ -88,20 +88,16 @@ def draw(
         context = llm.context(captions)  # outside of autocast, as in training
         empty = llm.context([""] * len(captions))
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
-            x = euler_sample(
-                expert,
-                noise(),
-                context,
-                steps,
-                empty,
-                guidance,
-                interval,
-                renorm,
-                shift,
-                renoise,
-                noise,
-                watch,
-            )
+            if expert.prediction == "noise":
+                from extras.ddpm import ddim_sample, guided
+
+                predict = guided(expert, context, empty, guidance, interval, renorm)
+                eta = 1.0 if renoise else 0.0
+                x = ddim_sample(predict, noise(), context, steps, eta, noise, watch=watch)
+            else:
+                guiding = (empty, guidance, interval, renorm)
+                chance = (shift, renoise, noise)
+                x = euler_sample(expert, noise(), context, steps, *guiding, *chance, watch)
         pictures.append(to_pixels(x))
     return np.concatenate(pictures)
 

@@ -73,7 +73,7 @@ def train_step(
     generator = step_generator(args.seed, run.step)
     data = to_tensor(pictures, run.device)  # (B, C, height, width) in [-1, 1]
     noise = torch.randn(data.shape, generator=generator).to(run.device)
-    t = sample_time(len(data), args.time_mean, TIME_STD, generator).to(run.device)  # (B,)
+    t = run.law(len(data), args.time_mean, TIME_STD, generator).to(run.device)  # (B,)
     uniform = torch.rand(len(data), generator=generator)
 
     # The caption's context: keys and values that the frozen LLM has for it, from its cache. Some
@@ -89,7 +89,7 @@ def train_step(
     # caption, and answers a velocity. The right one is data - noise, the way from noise to picture:
     # who starts at noise and follows it arrives at a picture, and that is drawing.
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        losses = flow_loss(predict, data, noise, t, context)  # (B,)
+        losses = run.loss(predict, data, noise, t, context)  # (B,)
     loss = losses.mean()
     if run.tasks:
         loss = loss + run.tasks.loss(run)
@@ -141,6 +141,8 @@ class Run:
     step: int = 0  # steps done
     tasks: object = None  # beside drawing from captions: see extras/lmfusion_training.py
     lm_losses: list[Tensor] = field(default_factory=list)  # of what was described, until logged
+    loss: Callable = flow_loss  # the objective,
+    law: Callable = sample_time  # and of its times
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -237,12 +239,7 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
         "data": name,
         **source.made_for,
     }
-    tasks = None
-    if args.describe or getattr(source, "before_and_after", False):
-        from extras.lmfusion_training import tasks_of
-
-        tasks = tasks_of(args, source)
-        made_for["describe"] = args.describe
+    tasks = further_tasks(args, source, made_for)
     if args.start:
         from extras.starting import expert_like
 
@@ -257,10 +254,30 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     ema.attach(llm)  # of use to a tower that holds on to the LLM
     optimizers = build_optimizers(expert, args.lr, args.weight_decay)
     run = Run(args, source, llm, expert, ema, optimizers, device, dtype, data_identity, tasks=tasks)
+    set_objective(run)
     if metadata:
         checkpoint.load_run(run, metadata, tensors)
     print_run(run)
     return run
+
+
+def further_tasks(args: argparse.Namespace, source, made_for: dict):
+    """What the run has to do beside drawing from captions, or None: extras/lmfusion_training.py."""
+    if not args.describe and not getattr(source, "before_and_after", False):
+        return None
+    from extras.lmfusion_training import tasks_of
+
+    made_for["describe"] = args.describe
+    return tasks_of(args, source)
+
+
+def set_objective(run: Run) -> None:
+    """The loss of --objective, and the law of its times."""
+    if run.args.objective == "ddpm":
+        from extras.ddpm import ddpm_loss, uniform_time
+
+        run.loss = ddpm_loss
+        run.law = uniform_time
 
 
 def beginning(

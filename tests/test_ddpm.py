@@ -4,7 +4,12 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import sample
+import train
+from checkpoint import load_expert
+from conftest import CPU
 from extras.ddpm import ddim_sample, ddpm_loss, signal, uniform_time
 
 MEAN, STD = 0.3, 0.5
@@ -33,9 +38,7 @@ def test_a_gaussian_comes_out(eta):
     """In float64, many steps: its mean and its standard deviation."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda: torch.randn(20_000, 1, 1, 1, generator=generator, dtype=torch.float64)
-    out = ddim_sample(
-        gaussian_denoiser, draw(), None, 400, eta=eta, fresh_noise=draw, clip=None
-    )
+    out = ddim_sample(gaussian_denoiser, draw(), None, 400, eta=eta, fresh_noise=draw, clip=None)
     assert out.mean().item() == pytest.approx(MEAN, abs=0.015)
     assert out.std().item() == pytest.approx(STD, abs=0.015)
 
@@ -78,7 +81,36 @@ def test_a_network_that_knows_the_picture_lands_on_it(steps):
 
 
 def test_times_cover_all_evenly():
-    t = uniform_time(1000, torch.Generator().manual_seed(3))
+    t = uniform_time(1000, 0.0, 1.0, torch.Generator().manual_seed(3))
     assert t.min() >= 0 and t.max() < 1
     assert (t.sort().values.diff() < 0.003).all()
     assert not torch.equal(t, t.sort().values)
+
+
+def test_a_run_of_it(tiny_run, tmp_path):
+    """Trains, resumes to the same end, and draws both ways; each prompt as if alone."""
+    flags = [*tiny_run, "--objective", "ddpm", "--steps", "6"]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    cut = [*flags, "--out", str(tmp_path / "cut")]
+    train.train(train.prepare(*train.settings(cut)), until=3)
+    train.main(["--resume", "--out", str(tmp_path / "cut")])
+    ours = load_file(tmp_path / "cut" / "train_state.safetensors")
+    theirs = load_file(tmp_path / "whole" / "train_state.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    expert = load_expert(str(tmp_path / "cut"), CPU)
+    assert expert.prediction == "noise"
+    llm = sample.llm_of(expert, None, CPU, torch.float32)
+    prompts = ["a red circle", "", "two stars"]
+    drawn = []
+    for renoise in (0.0, 0.6):
+        together = sample.draw(expert, llm, prompts, [3, 4, 5], 4, renoise=renoise).astype(int)
+        for i in range(3):
+            row = slice(i, i + 1)
+            alone = sample.draw(expert, llm, prompts[row], [3 + i], 4, renoise=renoise)
+            assert abs(alone.astype(int) - together[row]).max() <= 1
+        drawn.append(together)
+    assert abs(drawn[0] - drawn[1]).max() > 1
+    clean = sample.draw(expert, llm, ["a red circle"], [3], 4, guidance=1.0, renoise=0.0)
+    assert clean.shape == (1, 16, 16, 3)
