@@ -289,10 +289,12 @@ def edit_contexts(
 ) -> list[Context]:
     """What the tower reads before it draws the edited pictures, the weakest first: nothing, the
     picture (B, C, height, width), and the picture and its instruction."""
-    sequence = after_pictures(llm, expert, pictures)
+    sequence = Sequence(llm, expert, len(pictures))
+    nothing = sequence.context()
+    sequence.read_picture(pictures)
     picture = sequence.context()
     sequence.read_text([LINE + text for text in instructions])
-    return [llm.context([""] * len(instructions)), picture, sequence.context()]
+    return [nothing, picture, sequence.context()]
 
 
 @torch.no_grad()

@@ -93,11 +93,12 @@ def test_the_suite_has_each_kind_and_other_languages():
         read_edit_suite(None, ["Klingon"], "both")
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @torch.no_grad()
-def test_what_is_left_out_of_a_batch_is_left_out(tiny_llm):
-    """One reading a pair serves all its draws; a row without instruction, and one without picture,
+def test_what_is_left_out_of_a_batch_is_left_out(kind, tiny_llm):
+    """With a first token of the tokenizer's and without. One reading a pair serves all its draws; a row without instruction, and one without picture,
     read what drawing will have for them."""
-    llm = tiny_llm("llama")
+    llm = tiny_llm(kind)
     expert = describing_expert(llm)
     source = Edits(SIDE)
     pairs = [source.example(i, 2) for i in range(3)]
@@ -167,6 +168,20 @@ def test_a_run_that_edits(tiny_run, tmp_path, capsys):
     )
     scores = json.loads((tmp_path / "cut" / "partial" / "evaluate.json").read_text())["edits"]
     assert scores["unchanged"] == 0 and len(scores["rows"]) == 11
+
+
+def test_a_mirrored_tower_describes_and_edits(tiny_run, tmp_path, capsys):
+    cut = tiny_run.index("--width")  # and its depth: a mirror has the LLM's
+    flags = [*tiny_run[:cut], *tiny_run[cut + 4 :], "--bridge", "mirror", "--steps", 2]
+    trained(*flags, "--describe", "0.25", "--out", tmp_path / "describes")
+    trained(*flags, "--data", "edits", "--out", tmp_path / "edits")
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (16, 16)).save(picture)
+    sample.main(f"--ckpt {tmp_path / 'describes'} --device cpu --describe {picture}".split())
+    assert f"{picture}: " in capsys.readouterr().out
+    ask = f"--ckpt {tmp_path / 'edits'} --device cpu --steps 2 --image {picture} --prompt x"
+    sample.main([*ask.split(), "--out", str(tmp_path / "b.png")])
+    assert Image.open(tmp_path / "b.png").size == (16, 16)
 
 
 def test_what_cannot_be_edited_is_refused(tiny_run, tmp_path, capsys):
