@@ -122,14 +122,8 @@ def flat(text: str) -> str:
 
 
 OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-    "unable to allocate",
-    "alloc_failed",
-    "bad_alloc",
-    "size calculation overflowed",
+    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory",
+    "unable to allocate", "alloc_failed", "bad_alloc", "size calculation overflowed",
     "multiplication overflow",
 )
 
@@ -504,6 +498,14 @@ def captioned_grid(pictures, captions: list[str], columns: int = 4):
         font = caption_font(caption, 12)
         ink.multiline_text((left, top + height + 2), text, fill="black", font=font, spacing=3)
     return sheet
+
+
+def file_words(prompt: str) -> str:
+    """A prompt as a part of a file's name: in letters that the system's names can have, and short
+    in bytes too."""
+    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
+    encoding = sys.getfilesystemencoding()
+    return words.encode(encoding, "ignore")[:100].decode(encoding, "ignore")
 
 
 def unbroken(text: str) -> str:

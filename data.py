@@ -212,7 +212,7 @@ def _of_one_thing(group: Group, rng: np.random.Generator, bare: bool) -> str:
     form = "{size}" + form.removeprefix("{s} ")
     words = form.format(size=size, n=group.shape, c=group.color)
     if article == "a":
-        return _with_article(words)
+        return with_article(words)
     return f"{article} {words}"
 
 
@@ -228,11 +228,11 @@ def _phrase(group: Group, rng: np.random.Generator, article: str = "a") -> str:
             count = group.count
         return f"{count} {words}"
     if article == "a":
-        return _with_article(words)
+        return with_article(words)
     return f"{article} {words}".strip()
 
 
-def _with_article(words: str) -> str:
+def with_article(words: str) -> str:
     """No colour or shape here begins with a spoken "you"."""
     return ("an " if words[0] in "aeio" else "a ") + words
 

@@ -18,8 +18,6 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
     cli.start()
 
 import argparse
-import re
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,6 +30,7 @@ from cli import (
     between,
     OneLineParser,
     captioned_grid,
+    file_words,
     guidance_form,
     it_may_have_moved,
     make_folder,
@@ -46,7 +45,7 @@ from cli import (
 )
 from flow import euler_sample
 from inspection import check_same_llm
-from llm import FrozenLLM
+from llm import Context, FrozenLLM
 from loading import load_llm
 from model import ImageExpert
 
@@ -80,7 +79,6 @@ def draw(
     steps are even, and all chance is in the first noise.
     """
     shape = (expert.channels, expert.image_size, expert.image_size)
-    shift = SHIFT if renoise else 1.0
     pictures = []
     for start in range(0, len(prompts), batch_size):
         captions = prompts[start : start + batch_size]
@@ -88,18 +86,36 @@ def draw(
         context = llm.context(captions)  # outside of autocast, as in training
         empty = llm.context([""] * len(captions))
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
-            if expert.prediction == "noise":
-                from extras.ddpm import ddim_sample, guided
-
-                predict = guided(expert, context, empty, guidance, interval, renorm)
-                eta = 1.0 if renoise else 0.0
-                x = ddim_sample(predict, noise(), context, steps, eta, noise, watch=watch)
-            else:
-                guiding = (empty, guidance, interval, renorm)
-                chance = (shift, renoise, noise)
-                x = euler_sample(expert, noise(), context, steps, *guiding, *chance, watch)
+            guiding = (empty, guidance, interval, renorm)
+            x = integrate(expert, expert, noise, context, steps, renoise, guiding, watch)
         pictures.append(to_pixels(x))
     return np.concatenate(pictures)
+
+
+def integrate(
+    expert: ImageExpert,
+    predict: Callable,
+    noise: Callable,
+    context: Context,
+    steps: int,
+    renoise: float,
+    guiding: tuple = (None, 1.0, (0.0, 1.0), False),
+    watch: Callable | None = None,
+) -> torch.Tensor:
+    """From noise() to pictures, (B, C, height, width), by the sampler of what the expert predicts.
+
+    predict: the expert, or what is made of its answers. guiding: of euler_sample, the context of
+    the empty prompt, the scale, its interval and renorm.
+    """
+    if expert.prediction == "noise":
+        from extras.ddpm import ddim_sample, guided
+
+        if guiding[1] != 1:
+            predict = guided(predict, context, *guiding)
+        eta = 1.0 if renoise else 0.0
+        return ddim_sample(predict, noise(), context, steps, eta, noise, watch=watch)
+    chance = (SHIFT if renoise else 1.0, renoise, noise)
+    return euler_sample(predict, noise(), context, steps, *guiding, *chance, watch)
 
 
 def noise_of(seeds: list[int], shape: tuple, device: torch.device) -> Callable:
@@ -170,14 +186,6 @@ def llm_of(
 
 # -------------------------------------------------------------------------------------------------
 # the command
-
-
-def file_words(prompt: str) -> str:
-    """A prompt as a part of a file's name: in letters that the system's names can have, and short
-    in bytes too."""
-    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
-    encoding = sys.getfilesystemencoding()
-    return words.encode(encoding, "ignore")[:100].decode(encoding, "ignore")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -153,7 +153,9 @@ def evaluate_edits(args: argparse.Namespace, runs: list[LoadedRun]) -> dict[str,
     for run in runs:
         source = Edits(run.expert.image_size)
         before = np.stack([source.picture(one.edit.before) for one in asked])
-        pictures = draw_edits(run.expert, run.llm, before, texts, seeds, args.steps)
+        pictures = draw_edits(
+            run.expert, run.llm, before, texts, seeds, args.steps, renoise=args.renoise
+        )
         grades = []
         for picture, one in zip(pictures, asked):
             grades.append(Grade(why_wrong(picture, one.edit), None, None))
@@ -193,7 +195,7 @@ def edit_files(args: argparse.Namespace, out: Path, into_file: bool) -> None:
     before = np.stack([square] * len(texts))
     guidance = (args.guidance[0], args.image_guidance)
     seeds = seeds * len(args.prompt)
-    after = draw_edits(expert, llm, before, texts, seeds, args.steps, guidance)
+    after = draw_edits(expert, llm, before, texts, seeds, args.steps, guidance, args.renoise)
     for i, edited in enumerate(after):
         path = out
         if not into_file:

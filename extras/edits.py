@@ -20,6 +20,7 @@ from data import (
     SHAPES,
     Thing,
     draw_things,
+    with_article,
 )
 from extras.colors import same_color
 
@@ -233,7 +234,3 @@ def addition(
 
 def pick(forms: tuple[str, ...], rng: np.random.Generator) -> str:
     return forms[rng.integers(len(forms))]
-
-
-def with_article(words: str) -> str:
-    return ("an " if words[0] in "aeio" else "a ") + words

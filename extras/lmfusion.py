@@ -17,7 +17,6 @@ Shapes: B sequences; T tokens of a text, N + 1 entries of a picture (the first i
 which is learned); S entries so far in one layer; G heads of widths Dk and Dv.
 """
 
-import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,10 +28,9 @@ from torch.nn.utils.rnn import pad_sequence
 from attention import joint_attention, text_mask
 from extras.joint import run_with_attention
 from extras.mirror import MirrorTower, ReadOnlyCache
-from flow import euler_sample
 from llm import Context, FrozenLLM
 from model import ExpertBlock, ImageExpert
-from sample import RENOISE, SHIFT, noise_of, to_pixels, to_tensor
+from sample import RENOISE, integrate, noise_of, to_pixels, to_tensor
 
 LINE = "\n"  # stands between a picture and its caption
 PADDING = -1
@@ -83,12 +81,6 @@ class Sequence:
             empty = [x.to(llm.device) for x in (keys, values, place)]
             self.layers[llm.cache_index[layer.index]] = Entries(*empty)
         self.read_tokens([self.before] * B)
-
-    def branch(self) -> "Sequence":
-        """The same so far; what one of the two reads from now on, the other does not see."""
-        other = copy.copy(self)
-        other.layers = dict(self.layers)
-        return other
 
     # -- texts, by the frozen LLM
 
@@ -306,6 +298,7 @@ def draw_edits(
     seeds: list[int],
     steps: int = 24,
     guidance: tuple[float, float] = EDIT_GUIDANCE,
+    renoise: float = RENOISE,
     batch_size: int = 32,
 ) -> np.ndarray:
     """Each picture, (n, height, width, C) uint8, after its instruction, from the noise of its seed.
@@ -331,6 +324,6 @@ def draw_edits(
             return v + text_scale * (v_full - v_picture)
 
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
-            way = {"shift": SHIFT, "renoise": RENOISE, "fresh_noise": noise}
-            edited.append(to_pixels(euler_sample(guided, noise(), every, steps, **way)))
+            x = integrate(expert, guided, noise, every, steps, renoise)
+        edited.append(to_pixels(x))
     return np.concatenate(edited)

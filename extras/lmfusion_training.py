@@ -1,7 +1,7 @@
 """What LMFusion adds to a training step: pictures that are described, and pairs that are edits.
 
-python train.py --describe 0.2
-python train.py --from runs/shapes --data edits
+    python train.py --describe 0.2
+    python train.py --from runs/shapes --data edits
 """
 
 import argparse
@@ -15,16 +15,15 @@ from llm import Context
 from sample import to_tensor
 
 
-def tasks_of(args: argparse.Namespace, source) -> "Tasks | None":
-    """What a run has to do beside drawing from captions: nothing (None), or Tasks. ValueError for
-    two at once."""
+def tasks_of(args: argparse.Namespace, source) -> "Tasks":
+    """What a run that describes or edits has to do. ValueError for both at once."""
     pairs = getattr(source, "before_and_after", False)
     if pairs and args.describe:
         raise ValueError(
             f"--describe: --data {args.data} has instructions, which describe no picture; leave "
             "one out"
         )
-    return Tasks(args.describe, pairs) if args.describe or pairs else None
+    return Tasks(args.describe, pairs)
 
 
 class Tasks:
@@ -44,7 +43,7 @@ class Tasks:
             self.before = pictures[:, 0]  # (B, height, width, 3)
             return captions, pictures[:, 1]
         B = len(captions)
-        count = round(self.describe * B)
+        count = min(round(self.describe * B), B - 1)  # one at least is drawn
         chosen = [(2 * k + 1) * B // (2 * count) for k in range(count)]
         rest = sorted(set(range(B)) - set(chosen))
         self.described = ([captions[i] for i in chosen], pictures[chosen])

@@ -83,6 +83,7 @@ def flags_of(plain: argparse.Namespace) -> dict:
         flags["read"] = "after"
     for name in ("width", "heads", "patch", "patcher", "prediction", "image_size"):
         flags[name] = expert.config.get(name)
+    flags["objective"] = "ddpm" if expert.prediction == "noise" else "flow"
     if "text_layers" in expert.config:
         flags["depth"] = len(expert.config["text_layers"])
         flags["layers"] = ",".join(map(str, expert.reads)) or None

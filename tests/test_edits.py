@@ -96,8 +96,8 @@ def test_the_suite_has_each_kind_and_other_languages():
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @torch.no_grad()
 def test_what_is_left_out_of_a_batch_is_left_out(kind, tiny_llm):
-    """With a first token of the tokenizer's and without. One reading a pair serves all its draws; a row without instruction, and one without picture,
-    read what drawing will have for them."""
+    """With a first token of the tokenizer's and without. One reading a pair serves all its draws;
+    a row without instruction, and one without picture, read what drawing will have for them."""
     llm = tiny_llm(kind)
     expert = describing_expert(llm)
     source = Edits(SIDE)

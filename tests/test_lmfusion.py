@@ -1,5 +1,5 @@
-"""Texts and pictures in any order: each part reads the cache of all before it, and that is the plain
-joint forward over the whole sequence; a picture is described, each as if alone."""
+"""Texts and pictures in any order: each part reads the cache of all before it, and that is the
+plain joint forward over the whole sequence; a picture is described, each as if alone."""
 
 import json
 from dataclasses import replace
@@ -239,11 +239,10 @@ def test_the_loss_is_the_llms_own(tiny_llm):
         assert largest(alone, together[row]) < 1e-4
         # token by token, each after all before it
         sequence = Sequence(llm, expert, 1)
-        sequence.read_picture(pictures[row])
         ids = sequence.tokens("\n") + sequence.tokens(caption) + [llm.tokenizer.eos_token_id]
         nats = []
         for n in range(len(sequence.tokens("\n")), len(ids)):
-            whole = sequence.branch()
+            whole = interleave(llm, expert, [pictures[row]])
             hidden = whole.read_tokens([ids[:n]])
             nats.append(-logits_of(llm, hidden)[0, -1].log_softmax(0)[ids[n]].item())
         assert sum(nats) / len(nats) == pytest.approx(alone.item(), abs=1e-4)

@@ -1,5 +1,5 @@
-"""Perplexity of an LLM on the project's own texts: what the library's loss says, and the same before
-and after a run beside it."""
+"""Perplexity of an LLM on the project's own texts: what the library's loss says, and the same
+before and after a run beside it."""
 
 import math
 
