@@ -239,7 +239,7 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
         "data": name,
         **source.made_for,
     }
-    tasks = further_tasks(args, source, made_for)
+    tasks = further_tasks(args, source, llm, made_for)
     if args.start:
         from extras.starting import expert_like
 
@@ -261,14 +261,14 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     return run
 
 
-def further_tasks(args: argparse.Namespace, source, made_for: dict):
+def further_tasks(args: argparse.Namespace, source, llm: FrozenLLM, made_for: dict):
     """What the run has to do beside drawing from captions, or None: extras/lmfusion_training.py."""
     if not args.describe and not getattr(source, "before_and_after", False):
         return None
     from extras.lmfusion_training import tasks_of
 
     made_for["describe"] = args.describe
-    return tasks_of(args, source)
+    return tasks_of(args, source, llm)
 
 
 def set_objective(run: Run) -> None:

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extras.lmfusion import caption_loss, draw_edits, edit_contexts
-from llm import Context
+from extras.lmfusion import Sequence, caption_loss, draw_edits, edit_contexts
+from llm import Context, FrozenLLM
 from sample import to_tensor
 
 
-def tasks_of(args: argparse.Namespace, source) -> "Tasks":
-    """What a run that describes or edits has to do. ValueError for both at once."""
+def tasks_of(args: argparse.Namespace, source, llm: FrozenLLM) -> "Tasks":
+    """What a run that describes or edits has to do. ValueError for both at once, or for an LLM that
+    cannot read on after a picture."""
+    check_plain_attention(llm)
     pairs = getattr(source, "before_and_after", False)
     if pairs and args.describe:
         raise ValueError(
@@ -24,6 +26,28 @@ def tasks_of(args: argparse.Namespace, source) -> "Tasks":
             "one out"
         )
     return Tasks(args.describe, pairs)
+
+
+@torch.no_grad()
+def check_plain_attention(llm: FrozenLLM) -> None:
+    """ValueError for an LLM whose attention is more than the softmax that Sequence gives it (capped
+    scores, sinks, biases): text alone must read there as it always does."""
+    sequence = Sequence(llm, None, 1)
+    ids = sequence.tokens("a red circle left of a blue square")
+    off = float("inf")
+    try:
+        ours = sequence.read_tokens([ids])[0].float()
+        every = torch.tensor([sequence.before + ids], device=llm.device)
+        theirs = llm.model.base_model(input_ids=every, use_cache=False).last_hidden_state
+        theirs = theirs[0, -len(ids) :].float()
+        off = ((ours - theirs).norm() / theirs.norm()).item()
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        pass  # of an architecture without such an attention
+    if not off < 0.05:  # bfloat16: 0.01
+        raise ValueError(
+            f"{llm.name} ({type(llm.model).__name__}) cannot read on after a picture: its "
+            "attention is no plain softmax; expected a Llama, Qwen, Gemma 3 or the like"
+        )
 
 
 class Tasks:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from test_cli import ending
@@ -20,7 +21,9 @@ from data import COLORS, Scene, Shapes, Thing
 from extras.describing import describe, scene_of, why_wrong
 from extras.joint import run_with_attention
 from extras.lmfusion import Sequence, caption_loss, interleave, logits_of
+from extras.lmfusion_training import check_plain_attention
 from extras.mirror import MirrorTower
+from llm import FrozenLLM
 from model import ImageExpert
 
 SIDE = 16
@@ -372,3 +375,25 @@ def test_what_is_said_is_held_against_every_thing():
     }.items():
         assert why_wrong(said, [red, blue]) == why, said
     assert why_wrong("two fuchsia rings", [Thing("ring", COLORS["magenta"], 0, 0, 1)] * 2) is None
+
+
+def test_an_llm_with_another_attention_is_refused(tiny_llm):
+    """Capped scores (Gemma 2) would be read without their cap."""
+    for kind in FAMILIES:
+        check_plain_attention(tiny_llm(kind))
+    with pytest.raises(ValueError, match="cannot read on after a picture"):
+        check_plain_attention(capped(tiny_llm("llama")))
+
+
+def capped(llm):
+    config = transformers.Gemma2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, attn_logit_softcapping=0.5,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(std=0.5)
+    return FrozenLLM(model, llm.tokenizer, "capped")
