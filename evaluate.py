@@ -22,11 +22,11 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 
+from assemble import llm_of
 from checkpoint import SHIPPED, load_expert, pick_checkpoint, step_of_run
 from cli import (
     OneLineParser,
@@ -41,12 +41,12 @@ from cli import (
     write_text,
     write_whole,
 )
-from data import PROMPTS, Group, Scene
 from extras.colors import delta_e
 from extras.judge import Verdict, judge
+from extras.suites import HALVES, Prompt, hashed, read_suite
 from llm import FrozenLLM
 from model import ImageExpert
-from sample import RENOISE, RENOISE_HELP, draw, file_words, llm_of
+from sample import RENOISE, RENOISE_HELP, draw, file_words
 
 SUITES = "geneval unseen languages colors emoji ascii knowledge parrot position".split()
 OTHER_SUITES = ("describe", "edits")  # asked for by name, of a run that has learned it
@@ -63,24 +63,6 @@ class LoadedRun:
     expert: ImageExpert
     llm: FrozenLLM
     step: int | None
-
-
-@dataclass(frozen=True)
-class Prompt:
-    row: str
-    text: str
-    scene: Scene
-    rgb: tuple[int, int, int] | None = None  # where the colour is exact, no word of data.COLORS
-
-    @property
-    def scene_id(self) -> str:
-        """The same for the same scene, whatever the language, the row or the suite."""
-        groups = [[group.count, group.color, group.shape] for group in self.scene.groups]
-        return hashed(json.dumps([groups, self.scene.relation, self.rgb]))
-
-    @property
-    def is_of_one_thing(self) -> bool:
-        return len(self.scene.groups) == 1 and self.scene.groups[0].count == 1
 
 
 @dataclass(frozen=True)
@@ -145,54 +127,6 @@ def evaluate_suites(
         for prompt, its_grade in zip(prompts, first):
             graded.append((suite, prompt, its_grade))
     return results, graded
-
-
-# --------------------------------------------------------------------------------------------------
-# prompts
-
-HALVES = ("choose", "report", "both")
-SALT = 375  # with it 40 to 60 % of every row are on each side
-
-
-def hashed(what: str) -> str:
-    return sha256(f"{SALT} {what}".encode()).hexdigest()[:8]
-
-
-def is_in(half: str, scene_id: str) -> bool:
-    """Whether a scene belongs to this half: "choose" is for choosing settings, "report" for the
-    numbers that are given."""
-    side = ("choose", "report")[int(scene_id, 16) % 2]
-    return half in ("both", side)
-
-
-def read_suite(
-    name: str,
-    limit: int | None = None,
-    only: list[str] | None = None,
-    one: bool = False,
-    half: str = "both",
-) -> list[Prompt]:
-    """The prompts of a suite or of a half of it.
-
-    limit: the first so many of each row. only: of these rows. one: for one object alone.
-    ValueError if a row is not there.
-    """
-    rows: dict[str, list[Prompt]] = {}
-    for line in (PROMPTS / f"{name}.jsonl").read_text("utf-8").splitlines():
-        record = json.loads(line)
-        groups = tuple(Group(*group) for group in record["groups"])
-        rgb = tuple(record["rgb"]) if "rgb" in record else None
-        scene = Scene(groups, record.get("relation"))
-        prompt = Prompt(record["row"], record["prompt"], scene, rgb)
-        if is_in(half, prompt.scene_id) and (prompt.is_of_one_thing or not one):
-            rows.setdefault(prompt.row, []).append(prompt)
-
-    prompts = []
-    for row in only or rows:
-        if row not in rows:
-            raise ValueError(f"--rows {row}: the rows of {name} are {', '.join(rows)}")
-        prompts += rows[row][:limit]
-    return prompts
 
 
 # --------------------------------------------------------------------------------------------------

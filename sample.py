@@ -19,24 +19,19 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
 
 import argparse
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from checkpoint import load_expert, pick_checkpoint
+from assemble import open_towers
 from cli import (
-    between,
     OneLineParser,
+    between,
     captioned_grid,
     file_words,
     guidance_form,
-    it_may_have_moved,
-    make_folder,
     one_line_errors,
-    pick_device,
-    pick_dtype,
     positive,
     save_picture,
     seed_number,
@@ -44,9 +39,7 @@ from cli import (
     write_whole,
 )
 from flow import euler_sample
-from inspection import check_same_llm
 from llm import Context, FrozenLLM
-from loading import load_llm
 from model import ImageExpert
 
 AT_ONCE = 64  # pictures that are drawn as one batch
@@ -144,44 +137,6 @@ def to_pixels(x: torch.Tensor) -> np.ndarray:
 def to_tensor(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
     """The inverse: (B, height, width, C) uint8 -> (B, C, height, width) in [-1, 1]."""
     return torch.from_numpy(pixels).to(device).movedim(-1, -3).float() / 127.5 - 1
-
-
-# -------------------------------------------------------------------------------------------------
-# loading a run
-
-
-def llm_of(
-    expert: ImageExpert, name: str | None, device, dtype, trust_remote_code: bool = False
-) -> FrozenLLM:
-    """The LLM that the expert was trained with, set up as it was then. ValueError for another LLM
-    or revision. name: its new place, if it has moved."""
-    made_for = expert.made_for
-    if not {"llm", "llm_fingerprint"} <= made_for.keys():
-        raise ValueError(
-            "this checkpoint does not say which LLM it was trained with; expected one that "
-            "train.py wrote"
-        )
-    options = {}
-    if type(expert) is not ImageExpert:
-        from extras.bridges import llm_options
-
-        options = llm_options()
-    llm = load_llm(
-        name or made_for["llm"],
-        device,
-        dtype,
-        trust_remote_code=trust_remote_code,
-        random_seed=made_for.get("random_llm"),
-        revision=None if name else made_for.get("llm_revision"),
-        **options,
-    )
-    check_same_llm(made_for, {"llm": llm.name, **llm.identity})
-    expert.attach(llm)
-    if made_for.get("template", "{}") != "{}" or made_for.get("thinking"):
-        from extras.thinking import reader_from
-
-        llm.reader = reader_from(llm, made_for)
-    return llm
 
 
 # -------------------------------------------------------------------------------------------------
@@ -326,27 +281,6 @@ def check_out(args: argparse.Namespace, out: Path, layout: str | None, count: in
                 "or a picture: x.png"
             )
     return into_file
-
-
-def open_towers(args: argparse.Namespace, folder: Path | None) -> tuple[ImageExpert, FrozenLLM]:
-    """Load --ckpt and its LLM, with --read applied; ValueError if `folder`, where something will be
-    written, cannot be."""
-    ckpt, why_ckpt = pick_checkpoint(args.ckpt)
-    device, why_device = pick_device(args.device)
-    dtype, why_dtype = pick_dtype(args.dtype, device)
-    why = f"device {device} ({why_device}), {dtype} ({why_dtype})"
-    print(f"{why}; checkpoint {ckpt} ({why_ckpt}); seed {args.seed}")
-    expert = load_expert(ckpt, device)
-    if folder:
-        make_folder(folder)
-    moved = it_may_have_moved(expert.made_for.get("llm", ""), "--llm")
-    with nullcontext() if args.llm else moved:
-        llm = llm_of(expert, args.llm, device, dtype, args.trust_remote_code)
-    if args.read:
-        from extras.thinking import with_reading
-
-        llm.reader = with_reading(llm, args.read)
-    return expert, llm
 
 
 def draw_into(

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from assemble import llm_of
 from checkpoint import load_expert, pick_checkpoint
 from cli import OneLineParser, one_line_errors, pick_device, pick_dtype, positive, seed_number
 from data import CANONICAL_COLORS, COLORS, Group, Scene, Thing, draw_things, lay_out
 from flow import interpolate
-from sample import llm_of, to_tensor
+from sample import to_tensor
 
 TIMES = (0.05, 0.1, 0.15)
 SHAPES = ("circle", "square", "heart")  # that have no hole and no thin arm

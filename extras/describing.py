@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from assemble import open_towers
 from cli import write_whole
 from data import (
     CANONICAL_COLORS,
@@ -29,13 +30,14 @@ from data import (
     draw_things,
     lay_out,
 )
-from evaluate import Grade, LoadedRun, Prompt, is_in
+from evaluate import Grade, LoadedRun
 from extras.files import read_picture
 from extras.lmfusion import LINE, Sequence, after_pictures, logits_of
+from extras.suites import Prompt, is_in
 from extras.tables import compare, print_suite, sheet, summarize
 from llm import FrozenLLM
 from model import ImageExpert
-from sample import open_towers, to_tensor
+from sample import to_tensor
 
 AT_ONCE = 32  # pictures that are described as one batch
 

@@ -14,17 +14,19 @@ from pathlib import Path
 
 import numpy as np
 
+from assemble import open_towers
 from cli import captioned_grid, write_whole
-from data import CANONICAL_COLORS, COLORS, Group, Scene
-from evaluate import Grade, LoadedRun, Prompt, is_in
+from data import CANONICAL_COLORS, Group, Scene
+from evaluate import Grade, LoadedRun
 from extras.colors import same_color
 from extras.edits import KINDS, STEPS, Edit, Edits, Placed, edit_of, random_scene
 from extras.files import read_picture
 from extras.judge import Found, read_scene
-from extras.lmfusion import EDIT_GUIDANCE, draw_edits
+from extras.lmfusion import draw_edits
+from extras.suites import Prompt, is_in
 from extras.tables import compare, print_suite, sheet, summarize
 from model import ImageExpert
-from sample import file_words, open_towers, save_picture
+from sample import file_words, save_picture
 
 PER_ROW = 40  # edits
 NEAR = 0.12  # of the side: how far from its place a thing may stand; places are 0.3 apart

@@ -20,11 +20,12 @@ from torch.nn import functional as F
 
 import evaluate
 from cli import OneLineParser, make_folder, write_whole
-from evaluate import LoadedRun, hashed, is_in
+from evaluate import LoadedRun
 from extras.emoji import Emoji
 from extras.grids import Cell, picture_table
 from extras.likeness import learned_features, pixel_features, rank_scores, ranks
 from extras.probe import hear, ridge, without_thinking
+from extras.suites import hashed, is_in
 from llm import FrozenLLM
 from sample import draw
 

@@ -24,10 +24,11 @@ from torch import Tensor
 import evaluate
 from cli import OneLineParser, make_folder, one_line_errors, pick_device, pick_dtype
 from data import COLORS, SHAPES, Shapes
-from evaluate import NEAR, Grade, Graded, LoadedRun, Prompt, read_suite, write_json
+from evaluate import NEAR, Grade, Graded, LoadedRun, write_json
 from extras.colors import BASIC_COLORS, basic_color, lab
 from extras.intervals import wilson
 from extras.judge import NOTHING, Found
+from extras.suites import Prompt, read_suite
 from llm import FrozenLLM
 from loading import load_llm
 

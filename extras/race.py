@@ -38,10 +38,11 @@ from cli import (
     seed_number,
     write_whole,
 )
-from evaluate import LoadedRun, grade, read_suite, write_json
+from evaluate import LoadedRun, grade, write_json
 from extras.bridges import OPTIONS
 from extras.maps import NoMatplotlib
 from extras.race_table import ON_THE_WAY, print_race, race_picture, race_table, shown_prompts
+from extras.suites import read_suite
 from extras.tables import summarize
 from sample import draw
 

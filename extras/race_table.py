@@ -6,9 +6,10 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from evaluate import Prompt, grade, read_suite
+from evaluate import grade
 from extras.grids import picture_table
 from extras.intervals import difference, mean_of_rows
+from extras.suites import Prompt, read_suite
 from extras.tables import LEFT_OUT, signed
 
 ON_THE_WAY = {"geneval": 8, "languages": 4}  # suites of the curves, and prompts of each row

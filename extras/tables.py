@@ -7,9 +7,10 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from evaluate import Grade, Prompt
+from evaluate import Grade
 from extras.grids import picture_table, spread
 from extras.intervals import difference, mean_of_rows
+from extras.suites import Prompt
 
 LEFT_OUT = {"languages": {"English"}}  # rows to compare with, not in the mean
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from assemble import llm_of
 from checkpoint import load_expert
 from conftest import CPU
-from sample import draw, llm_of
+from sample import draw
 
 BEFORE = Path(__file__).parent / "before"
 PROMPTS = ["a red circle", "two small teal stars", "", "un cerchio rosso"]

@@ -19,6 +19,7 @@ from test_families import (
 
 import checkpoint
 import train
+from assemble import llm_of
 from checkpoint import load_expert
 from cli import colon_form
 from conftest import CPU, DECODERS, TINY_RUN
@@ -31,7 +32,7 @@ from inspection import fingerprint
 from llm import FrozenLLM
 from loading import load_llm
 from model import ImageExpert
-from sample import draw, llm_of
+from sample import draw
 
 CAPTIONS = ["a red circle", "the heart is to the left of the gold ring", ""]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import assemble
 import sample
 import train
 from checkpoint import load_expert
@@ -101,7 +102,7 @@ def test_a_run_of_it(tiny_run, tmp_path):
 
     expert = load_expert(str(tmp_path / "cut"), CPU)
     assert expert.prediction == "noise"
-    llm = sample.llm_of(expert, None, CPU, torch.float32)
+    llm = assemble.llm_of(expert, None, CPU, torch.float32)
     prompts = ["a red circle", "", "two stars"]
     drawn = []
     for renoise in (0.0, 0.6):

@@ -9,14 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
+import assemble
+import checkpoint
 import cli
 import evaluate
-import sample
 import train
 from conftest import CPU
 from data import TEST_PROMPTS, Shapes, Thing, draw_things, lay_out
-from evaluate import SUITES, Grade, grade, is_in, read_suite
+from evaluate import SUITES, Grade, grade
 from extras.intervals import difference, mean_of_rows, wilson
+from extras.suites import is_in, read_suite
 from extras.tables import tally
 from inspection import fingerprint
 from loading import load_llm
@@ -203,15 +205,15 @@ def two_runs(llm_folder, tmp_path_factory):
 
 
 def test_the_control_has_other_weights_and_is_built_again(two_runs, llm_folder):
-    pretrained, control = (sample.load_expert(str(run), CPU) for run in two_runs)
+    pretrained, control = (checkpoint.load_expert(str(run), CPU) for run in two_runs)
     assert pretrained.made_for["random_llm"] is None and control.made_for["random_llm"] == 0
     trained = load_llm(str(llm_folder("qwen2")), CPU, torch.float32)
-    fresh = sample.llm_of(control, None, CPU, torch.float32)
+    fresh = assemble.llm_of(control, None, CPU, torch.float32)
     assert fresh.fingerprint == fingerprint(fresh.model) == control.made_for["llm_fingerprint"]
     assert fresh.fingerprint != trained.fingerprint
     shapes = [p.shape for p in fresh.model.parameters()]
     assert shapes == [p.shape for p in trained.model.parameters()]
-    again = sample.llm_of(pretrained, None, CPU, torch.float32)
+    again = assemble.llm_of(pretrained, None, CPU, torch.float32)
     assert fresh.tokenize("a red circle") == again.tokenize("a red circle")
     other = load_llm(str(llm_folder("qwen2")), CPU, torch.float32, random_seed=1)
     assert other.fingerprint != fresh.fingerprint, "another seed gives other weights"
@@ -288,7 +290,7 @@ def test_evaluate_refuses_bad_input(two_runs, tmp_path, capsys):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "model.safetensors").write_bytes(b"no weights")
     assert "safetensors" in answer("--ckpt", tmp_path / "foreign")
-    expert = sample.load_expert(str(two_runs[0]), CPU)
+    expert = checkpoint.load_expert(str(two_runs[0]), CPU)
     expert.config["made_for"] = expert.made_for | {"data": "my-pictures"}
     expert.save_pretrained(tmp_path / "elsewhere")
     told = answer("--ckpt", tmp_path / "elsewhere")

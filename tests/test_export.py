@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import assemble
 import checkpoint
 import evaluate
 import sample
@@ -43,7 +44,7 @@ def test_an_export_is_half_as_large_and_draws_alike(run, tmp_path, capsys):
     for a, b in zip(expert.parameters(), shared.parameters(), strict=True):
         assert b.dtype == torch.float32
         assert torch.equal(a.bfloat16().float(), b)
-    llm = sample.llm_of(shared, None, CPU, torch.float32)
+    llm = assemble.llm_of(shared, None, CPU, torch.float32)
     pictures = []
     for each in (expert, shared):
         pictures.append(sample.draw(each, llm, ["a red circle"], [0], 4).astype(int))

@@ -12,8 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_families import Letters, tiny_config
 
+import assemble
+import checkpoint
 import loading
-import sample
 import train
 from conftest import CPU, TINY_RUN, save_tiny_instruct_llm, save_tiny_llm
 from extras.bridges import BridgeLLM
@@ -207,7 +208,7 @@ def test_shared_attention_does_not_saturate_beside_keys_with_large_biases(tmp_pa
         "4",
     ]
     train.main(flags)
-    trained = sample.load_expert(str(tmp_path / "run"), CPU)
+    trained = checkpoint.load_expert(str(tmp_path / "run"), CPU)
     assert trained.config["text_gains"] == expert.config["text_gains"]
     assert not torch.equal(trained.blocks[0].txt_gain, torch.ones(2)), "it learns"
 
@@ -347,8 +348,8 @@ def test_an_llm_without_its_head_draws_and_does_not_write(tmp_path, tiny_run):
     body.save_pretrained(tmp_path / "body")
     transformers.AutoTokenizer.from_pretrained(tmp_path / "llm").save_pretrained(tmp_path / "body")
     train.main([*tiny_run, "--llm", str(tmp_path / "body"), "--steps", "1"])
-    expert = sample.load_expert(str(tmp_path / "run"), CPU)
-    llm = sample.llm_of(expert, None, CPU, torch.float32)
+    expert = checkpoint.load_expert(str(tmp_path / "run"), CPU)
+    llm = assemble.llm_of(expert, None, CPU, torch.float32)
     whole = load_llm(str(tmp_path / "llm"), CPU, torch.float32)
     whole.keep(expert.reads)
     assert torch.equal(
@@ -372,7 +373,7 @@ def test_the_same_weights_under_another_config_or_tokenizer_are_another_llm(tmp_
     captions."""
     first = save_tiny_llm("qwen2", tmp_path / "llm")
     train.main([*tiny_run, "--llm", str(first), "--steps", "1"])
-    expert = sample.load_expert(str(tmp_path / "run"), CPU)
+    expert = checkpoint.load_expert(str(tmp_path / "run"), CPU)
     changes = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1234.0},
         "rms_norm_eps": 0.001,
@@ -381,19 +382,19 @@ def test_the_same_weights_under_another_config_or_tokenizer_are_another_llm(tmp_
         other = shutil.copytree(first, tmp_path / key)
         change_config(other, **{key: value})
         with pytest.raises(ValueError, match=f"whose configuration had {key}"):
-            sample.llm_of(expert, str(other), CPU, torch.float32)
+            assemble.llm_of(expert, str(other), CPU, torch.float32)
     other = shutil.copytree(first, tmp_path / "words")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     words = tokenizer["model"]["vocab"]
     words["A"], words["B"] = words["B"], words["A"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match="the same weights and another tokenizer"):
-        sample.llm_of(expert, str(other), CPU, torch.float32)
+        assemble.llm_of(expert, str(other), CPU, torch.float32)
     other = shutil.copytree(first, tmp_path / "unchanged")
     change_config(
         other, transformers_version="4.0", use_cache=False, architectures=["Qwen2ForCausalLM"]
     )
-    assert sample.llm_of(expert, str(other), CPU, torch.float32).name == str(other)
+    assert assemble.llm_of(expert, str(other), CPU, torch.float32).name == str(other)
 
 
 def test_an_older_checkpoint_is_compared_by_its_weights():

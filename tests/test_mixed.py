@@ -10,10 +10,10 @@ import cli
 import evaluate
 import train
 from checkpoint import load_expert
-from flags import data_form
 from conftest import CPU
 from data import TEST_PROMPTS, open_source
 from extras import emoji
+from flags import data_form
 
 
 def opened(text: str, image_size: int = 16, seed: int = 0):

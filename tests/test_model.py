@@ -7,13 +7,14 @@ import pytest
 import torch
 import transformers
 
+from assemble import llm_of
 from checkpoint import load_expert
 from conftest import CPU, DECODERS, random_expert, save_tiny_llm
 from inspection import fingerprint
 from llm import ROWS, FrozenLLM, select_layers
 from loading import CACHE_FOLDER, file_sha256, load_llm
 from model import ImageExpert
-from sample import draw, llm_of
+from sample import draw
 
 
 class CountTokens:

@@ -5,7 +5,6 @@ import torch
 
 from patches import PATCHERS, patchify, split_patch, unpatchify
 
-
 T = torch.tensor([0.5], dtype=torch.float64)  # of all pictures of a batch
 
 

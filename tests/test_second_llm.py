@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import sample
 import train
 from conftest import CPU, random_expert
@@ -61,7 +62,7 @@ def test_it_trains_draws_and_rewrites_in_its_own_chat_template(gguf, tmp_path, c
     size = ["--batch-size", "16", "--width", "64", "--depth", "3"]
     where = ["--out", run, "--device", "cpu"]
     train.main(["--llm", gguf, "--read", "chat", "--steps", "20", *size, *where])
-    expert = sample.load_expert(run, CPU)
+    expert = checkpoint.load_expert(run, CPU)
     template = expert.made_for["template"]
     assert template.count("{}") == 1 and "<|im_start|>user" in template
     words = ["--ckpt", run, "--prompt", "a red circle", "--steps", "4"]

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+import assemble
 import checkpoint
 import sample
 import train
 from conftest import CPU
 from data import Shapes
 from extras.bridges import BRIDGES
-from flow import sample_time
+from flow import flow_loss, sample_time
 from loading import load_llm
 
 FLAGS = "--device cpu --batch-size 12 --draws 3 --image-size 16 --patch 8".split()
@@ -59,7 +60,7 @@ def test_two_seeds_differ_in_everything(llm_folder, tmp_path):
     """Weights, data, noise, times, dropped captions, as they reach the loss and the LLM of a real
     step."""
     seen = {}
-    loss = train.flow_loss
+    loss = flow_loss
 
     def watch(predict, data, noise, t, context):
         seen[seed] |= {"data": data, "noise": noise, "time": t, "dropout": context.lengths}
@@ -166,7 +167,7 @@ def test_pictures_drawn_alone_and_in_company(llm_folder, tmp_path):
     for word in ("a red", "two", "the blue"):
         prompts += [f"{word} {shape}" for shape in ("circle", "ring", "star", "heart")]
     for dtype, levels in ((torch.float32, 1), (torch.bfloat16, 12)):
-        llm = sample.llm_of(run.ema, None, CPU, dtype)
+        llm = assemble.llm_of(run.ema, None, CPU, dtype)
         together = sample.draw(run.ema, llm, prompts, list(range(12)), steps=8).astype(int)
         differences = []
         for i in range(12):

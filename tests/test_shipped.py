@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from assemble import llm_of
 from checkpoint import SHIPPED, load_expert
 from conftest import CPU
 from data import Group, Scene
 from extras.judge import judge
-from sample import draw, llm_of
+from sample import draw
 
 ASKED = [  # prompt and scene; the k-th is drawn from the noise of seed k
     (

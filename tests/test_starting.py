@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_train import start, steps
 
+import assemble
 import checkpoint
 import sample
 import train
@@ -86,7 +87,7 @@ def test_other_data_and_another_size(first, tmp_path):
     train.main(["--from", ckpt, "--data", "shapes:one-object", "--image-size", "32", *own])
     expert = load_expert(str(tmp_path / "larger"), CPU)
     assert expert.image_size == 32 and "one_object" in expert.made_for
-    llm = sample.llm_of(expert, None, CPU, torch.float32)
+    llm = assemble.llm_of(expert, None, CPU, torch.float32)
     assert sample.draw(expert, llm, ["a red circle"], [0], 2).shape == (1, 32, 32, 3)
     train.main(["--resume", "--out", str(tmp_path / "larger"), "--steps", "3"])
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import assemble
+import checkpoint
 import sample
 import train
 from conftest import CPU, random_expert, save_tiny_instruct_llm
@@ -239,9 +241,9 @@ def test_through_the_commands(tiny_run, tmp_path, capsys, monkeypatch):
     frame.write_text("red => blue\n{} =>\n")
     run = str(tmp_path / "run")
     train.main([*tiny_run, "--steps", "2", "--read", f"think:3:frame={frame}"])
-    expert = sample.load_expert(run, CPU)
+    expert = checkpoint.load_expert(run, CPU)
     assert expert.made_for["thinking"] == ["red => blue\n{} =>", 3, "all"]
-    llm = sample.llm_of(expert, None, CPU, torch.float32)
+    llm = assemble.llm_of(expert, None, CPU, torch.float32)
     assert isinstance(llm.reader, Thinking) and llm.reader.inside is None
     capsys.readouterr()
     words = ["--ckpt", run, "--prompt", "a red circle", "--steps", "2", "--device", "cpu"]

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import assemble
 import checkpoint
 import sample
 import train
@@ -235,7 +236,7 @@ def test_training_on_what_the_llm_writes(read, shown, tiny_run, tmp_path):
     frame.unlink()  # it stands in the checkpoint
     train.main(["--resume", "--out", run.args.out])
     expert = load_expert(run.args.out, CPU)
-    llm = sample.llm_of(expert, None, CPU, torch.float32)
+    llm = assemble.llm_of(expert, None, CPU, torch.float32)
     assert expert.made_for["thinking"] == ["red => blue\n{} =>", 4, shown]
     row, trained_on = (x.lookup(captions)[captions[0]] for x in (llm, run.llm))
     assert torch.equal(row, trained_on)

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from test_cli import refusal
 
+import assemble
+import checkpoint
 import sample
 from conftest import CPU, DECODERS, random_expert
 from extras import thinking
@@ -362,8 +364,8 @@ def test_each_word_is_looked_at_from_where_its_shape_is():
     """The circle is drawn on the left: there patches look at "circle" more than at "square", and on
     the right the other way round. A mean over four seeds."""
     args = sample.parse_args(["--ckpt", str(SHIPPED), "--prompt", RED_LEFT, "--maps"])
-    expert = sample.load_expert(str(SHIPPED), CPU)
-    llm = sample.llm_of(expert, None, CPU, torch.float32)
+    expert = checkpoint.load_expert(str(SHIPPED), CPU)
+    llm = assemble.llm_of(expert, None, CPU, torch.float32)
     prompts = [RED_LEFT] * 4
     windows = Windows(args, expert, llm, prompts)
     sample.draw(expert, llm, prompts, [0, 1, 2, 3], watch=windows)

@@ -1,0 +1,72 @@
+"""What evaluate.py asks for: suites of prompts, each with the scene that it means, in two halves.
+
+A suite is a file in assets/prompts/, a prompt a line; its rows are scored each on its own.
+"""
+
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+
+from data import PROMPTS, Group, Scene
+
+HALVES = ("choose", "report", "both")
+SALT = 375  # with it 40 to 60 % of every row are on each side
+
+
+@dataclass(frozen=True)
+class Prompt:
+    row: str
+    text: str
+    scene: Scene
+    rgb: tuple[int, int, int] | None = None  # where the colour is exact, no word of data.COLORS
+
+    @property
+    def scene_id(self) -> str:
+        """The same for the same scene, whatever the language, the row or the suite."""
+        groups = [[group.count, group.color, group.shape] for group in self.scene.groups]
+        return hashed(json.dumps([groups, self.scene.relation, self.rgb]))
+
+    @property
+    def is_of_one_thing(self) -> bool:
+        return len(self.scene.groups) == 1 and self.scene.groups[0].count == 1
+
+
+def hashed(what: str) -> str:
+    return sha256(f"{SALT} {what}".encode()).hexdigest()[:8]
+
+
+def is_in(half: str, scene_id: str) -> bool:
+    """Whether a scene belongs to this half: "choose" is for choosing settings, "report" for the
+    numbers that are given."""
+    side = ("choose", "report")[int(scene_id, 16) % 2]
+    return half in ("both", side)
+
+
+def read_suite(
+    name: str,
+    limit: int | None = None,
+    only: list[str] | None = None,
+    one: bool = False,
+    half: str = "both",
+) -> list[Prompt]:
+    """The prompts of a suite or of a half of it.
+
+    limit: the first so many of each row. only: of these rows. one: for one object alone.
+    ValueError if a row is not there.
+    """
+    rows: dict[str, list[Prompt]] = {}
+    for line in (PROMPTS / f"{name}.jsonl").read_text("utf-8").splitlines():
+        record = json.loads(line)
+        groups = tuple(Group(*group) for group in record["groups"])
+        rgb = tuple(record["rgb"]) if "rgb" in record else None
+        scene = Scene(groups, record.get("relation"))
+        prompt = Prompt(record["row"], record["prompt"], scene, rgb)
+        if is_in(half, prompt.scene_id) and (prompt.is_of_one_thing or not one):
+            rows.setdefault(prompt.row, []).append(prompt)
+
+    prompts = []
+    for row in only or rows:
+        if row not in rows:
+            raise ValueError(f"--rows {row}: the rows of {name} are {', '.join(rows)}")
+        prompts += rows[row][:limit]
+    return prompts
