@@ -5,6 +5,7 @@ LLM.
 """
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -36,7 +37,8 @@ class Run:
     source: object  # of captions and pictures: see data.py
     llm: FrozenLLM
     expert: ImageExpert
-    ema: ImageExpert  # the moving average of its weights
+    ema_llm: FrozenLLM  # the same LLM, unless it is trained (extras/separation.py), beside
+    ema: ImageExpert  # the moving average of the expert's weights
     optimizers: list[torch.optim.Optimizer]
     device: torch.device
     dtype: torch.dtype
@@ -96,9 +98,11 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     make_folder(args.out)  # nothing is written before everything is there
     ema = type(expert)(**expert.config).to(device).requires_grad_(False)
     ema.load_state_dict(expert.state_dict())
-    ema.attach(llm)  # of use to a tower that holds on to the LLM
+    ema_llm = llm if llm.frozen else copy.copy(llm)
+    ema.attach(ema_llm)  # of use to a tower that holds on to the LLM
     optimizers = build_optimizers(expert, args.lr, args.weight_decay)
-    run = Run(args, source, llm, expert, ema, optimizers, device, dtype, data_identity, tasks=tasks)
+    towers = (llm, expert, ema_llm, ema)
+    run = Run(args, source, *towers, optimizers, device, dtype, data_identity, tasks=tasks)
     set_objective(run)
     if metadata:
         checkpoint.load_run(run, metadata, tensors)
@@ -214,7 +218,8 @@ def print_run(run: Run) -> None:
     """What takes part: the LLM, the expert, the data."""
     args = run.args
     frozen = sum(p.numel() for p in run.llm.model.parameters()) / 1e6
-    weights = "fresh from the seed and frozen" if args.random_llm else "all frozen"
+    weights = "fresh from the seed and " if args.random_llm else "all "
+    weights += "frozen" if run.llm.frozen else "TRAINED with the expert, and saved with it"
     kind = "an encoder"
     if run.llm.layers:
         layer = run.llm.layers[0]
@@ -249,11 +254,15 @@ def build_optimizers(
     for module in expert.modules():
         if isinstance(module, (ExpertBlock, Conv)):
             matrices += [p for p in module.parameters() if p.dim() == 2]
-    taken = {id(p) for p in matrices}
+    of_llm = expert.llm_parameters()
+    taken = {id(p) for p in (*matrices, *of_llm)}
     others = [p for p in expert.parameters() if id(p) not in taken]
     options = {"lr": lr, "weight_decay": weight_decay}
     fused = others[0].device.type in ("cpu", "cuda")
-    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.95), fused=fused, **options)]
+    groups = [{"params": others}]
+    if of_llm:
+        groups.append({"params": of_llm, "ratio": expert.llm_lr_ratio})
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused, **options)]
     if matrices:
         optimizers.insert(0, torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options))
     return optimizers

@@ -100,6 +100,8 @@ class FrozenLLM:
     ValueError if the model has no key-value cache or is not causal.
     """
 
+    frozen = True  # (extras/separation.py has one that is not)
+
     def __init__(
         self,
         model,

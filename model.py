@@ -107,6 +107,10 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
         """Have this LLM hand over what the expert looks at."""
         llm.keep(self.reads)
 
+    def llm_parameters(self) -> list[nn.Parameter]:
+        """The LLM's weights that are trained with it: none, it is frozen."""
+        return []
+
     def forward(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
         """x_t (B, C, height, width), t (B,) in [0, 1] -> velocity like x_t, in float32."""
         img, modulations, way_out = self.tokens_of(x_t, t)  # (B, N, D)

@@ -84,7 +84,7 @@ def train_step(
     decay = (args.steps - run.step) / max(1, args.steps - args.warmup)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(warm_up, decay, 1)
+            group["lr"] = args.lr * group.get("ratio", 1) * min(warm_up, decay, 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -126,7 +126,7 @@ def batches(
     while True:
         end = (step // ahead + 1) * ahead  # a resumed run cuts the same windows
         examples = [source.example(i, draws) for i in range(step * per_step, end * per_step)]
-        if not getattr(source, "before_and_after", False):
+        if llm.frozen and not getattr(source, "before_and_after", False):
             llm.lookup([caption for caption, _ in examples])
         for i in range(0, len(examples), per_step):
             captions = []
@@ -202,7 +202,7 @@ def draw_samples(run: Run) -> Path:
     if run.tasks and run.tasks.pairs:
         pictures = run.tasks.samples(run, prompts, seeds)
     else:
-        pictures = draw(run.ema, run.llm, prompts, seeds)[:, None]
+        pictures = draw(run.ema, run.ema_llm, prompts, seeds)[:, None]
     path = Path(run.args.out) / f"samples-{run.step:06d}.png"
     write_whole(path, captioned_grid(pictures, prompts).save)
     return path

@@ -13,6 +13,7 @@ with the same predict(x_t, t, context), and built with the same number of parame
     mirror        its keys and values, read by a trainable copy of its own decoder
 """
 
+import argparse
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,10 +21,11 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from cli import colon_form
+from cli import between, colon_form
 from extras.bridge_llm import BridgeLLM, any_class
 from extras.mirror import MirrorTower
 from extras.prepending import Dense, HiddenStates, LayerwisePooling, MetaQueries
+from extras.separation import SEPARATIONS, SeparatedTower, TrainedLLM
 from llm import FrozenLLM, TextLayer, select_layers
 from model import ImageExpert, default_heads
 
@@ -61,14 +63,14 @@ OPTIONS = {  # name -> its own options, as in lap:stride=1
     "hsi": (),
     "lap": ("stride=", "no-refiner", "per-layer"),
     "metaqueries": ("queries=",),
-    "mirror": ("init=", "checkpointing"),
+    "mirror": ("init=", "checkpointing", "separation=", "lr-ratio="),
 }
 ON_HIDDEN_STATES = ("last", "hsi", "lap")  # which can do with an encoder
 
 
 def towers() -> dict[str, type]:
     """Name of a class, as a checkpoint has it -> the class."""
-    return {tower.__name__: tower for tower in BRIDGES.values()}
+    return {tower.__name__: tower for tower in (*BRIDGES.values(), SeparatedTower)}
 
 
 def bridge_of(expert: ImageExpert) -> str:
@@ -76,6 +78,7 @@ def bridge_of(expert: ImageExpert) -> str:
     if type(expert) is HiddenStates and len(expert.states) > 1:
         return "hsi"
     names = {tower: name for name, tower in BRIDGES.items() if name != "hsi"}
+    names[SeparatedTower] = "mirror"
     return names[type(expert)]
 
 
@@ -83,8 +86,11 @@ def llm_options(bridge: str | None = None) -> dict:
     """How load_llm makes the LLM that a bridge needs, "lap:stride=1"; without one, for any tower
     out of a checkpoint. ValueError for one that is not known, or has no such option."""
     name = None
+    options = {}
     if bridge:
-        name = colon_form(bridge, OPTIONS, "--bridge")[0]
+        name, options = colon_form(bridge, OPTIONS, "--bridge")
+    if name == "mirror" and lr_ratio(options):
+        return {"frozen": TrainedLLM}
     if name is None or name in ON_HIDDEN_STATES:
         return {"frozen": BridgeLLM.for_model, "auto_class": any_class}
     return {"frozen": BridgeLLM}
@@ -202,8 +208,29 @@ def build_mirror(llm: FrozenLLM, options: dict, **shared) -> MirrorTower:
     init = options.get("init", "llm")
     if init not in ("llm", "random"):
         raise ValueError(f"--bridge mirror:init={init}: expected llm or random")
-    checkpointing = switch("mirror", options, "checkpointing")
-    return MirrorTower.beside(llm, init, checkpointing=checkpointing, **shared)
+    shared["checkpointing"] = switch("mirror", options, "checkpointing")
+    separation = options.get("separation", "deep")
+    if separation not in SEPARATIONS:
+        raise ValueError(
+            f"--bridge mirror:separation={separation}: expected one of {', '.join(SEPARATIONS)}"
+        )
+    ratio = lr_ratio(options)
+    if separation == "deep" and not ratio:
+        return MirrorTower.beside(llm, init, **shared)
+    if shared["checkpointing"] and separation != "deep":
+        raise ValueError("--bridge mirror:checkpointing: the LLM's own layers cannot; leave it out")
+    return SeparatedTower.beside(llm, init, separation, ratio, **shared)
+
+
+def lr_ratio(options: dict) -> float:
+    """mirror:lr-ratio=0.1, from 0 (the LLM is frozen) to 1."""
+    text = str(options.get("lr_ratio", "0"))
+    try:
+        return between(0, 1)(text)
+    except (argparse.ArgumentTypeError, ValueError):
+        raise ValueError(
+            f"--bridge mirror:lr-ratio={text}: expected a number from 0 to 1"
+        ) from None
 
 
 def whole_number(name: str, options: dict, option: str, default: int) -> int:

@@ -104,5 +104,5 @@ class Tasks:
     def samples(self, run, prompts: list[str], seeds: list[int]) -> np.ndarray:
         """(prompts, 2, height, width, 3) uint8: pictures before and after an edit."""
         before = run.source.shown()
-        after = draw_edits(run.ema, run.llm, before, prompts, seeds)
+        after = draw_edits(run.ema, run.ema_llm, before, prompts, seeds)
         return np.stack([before, after], axis=1)

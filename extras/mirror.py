@@ -34,6 +34,8 @@ class MirrorTower(ImageExpert):
     cannot serve (see `check`).
     """
 
+    without_dropout: tuple[str, ...] = ("decoder",)
+
     def __init__(
         self,
         llm_config: dict,
@@ -87,16 +89,14 @@ class MirrorTower(ImageExpert):
 
     def train(self, mode: bool = True) -> "MirrorTower":
         super().train(mode)
-        self.decoder.eval()  # no dropout: the chance of a training step is its seed's alone
+        for name in self.without_dropout:  # the chance of a training step is its seed's alone
+            if hasattr(self, name):
+                getattr(self, name).eval()
         return self
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The decoder's layers, wherever its architecture keeps them."""
-        for module in self.decoder.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == len(self.reads):
-                return module
-        raise ValueError("expected a list of layers")
+        return layers_of(self.decoder, len(self.reads))
 
     def forward(self, x_t: Tensor, t: Tensor, context: Context) -> Tensor:
         """predict(x_t, t, context) -> v: x_t (B, C, height, width), t (B,) in [0, 1]."""
@@ -143,7 +143,7 @@ class MirrorTower(ImageExpert):
             if len(llm.layers) != config.num_hidden_layers:
                 raise ValueError("expected keys and values in every layer")
             rotary = any(len(layer.frequencies) for layer in llm.rotary)
-            tower = cls(json.loads(config.to_json_string()), rotary, **options)
+            tower = cls(json.loads(config.to_json_string()), rotary=rotary, **options)
             if init == "llm":
                 tower.copy_weights(llm)
             tower.check(llm)
@@ -194,6 +194,14 @@ class MirrorTower(ImageExpert):
             padded = self.decode(img, Context(longer_keys, longer_values, lengths))
         if not torch.allclose(padded, out, rtol=1e-3, atol=1e-3):
             raise ValueError("padding changes the picture")
+
+
+def layers_of(decoder: nn.Module, count: int) -> nn.ModuleList:
+    """A decoder's layers, wherever its architecture keeps them."""
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError("expected a list of layers")
 
 
 class ReadOnlyCache(DynamicCache):

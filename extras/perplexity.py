@@ -1,9 +1,10 @@
 """How well an LLM reads plain text: its perplexity on the five texts of assets/perplexity.
 
     python -m extras.perplexity --llm gemma-3-270m
+    python -m extras.perplexity --ckpt runs/shapes-mirror      # before and after this run
 
 A frozen LLM has the same before and after a run, to the bit; one that a run trains
-(--llm-lr-ratio, LMFusion section 5.1) has not.
+(extras/separation.py) has not: then also how far its weights have moved.
 """
 
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from checkpoint import load_expert
 from cli import OneLineParser, one_line_errors, pick_device, pick_dtype
 from llm import FrozenLLM
 from loading import load_llm
@@ -39,14 +41,42 @@ def perplexity(llm: FrozenLLM) -> dict[str, tuple[float, int]]:
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m extras.perplexity", description="Perplexity of an LLM.")
     parser.add_argument("--llm", default="gemma-3-270m", help="as train.py takes it")
+    parser.add_argument("--ckpt", help="of the LLM of this run, before and after it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     dtypes = ["auto", "float32", "bfloat16"]
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="arithmetic of the LLM")
     args = parser.parse_args(argv)
     device, _ = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
+    if args.ckpt:
+        compare(args.ckpt, device, dtype)
+        return
     for name, (value, count) in perplexity(load_llm(args.llm, device, dtype)).items():
         print(f"{name:10}{value:8.2f}  ({count} tokens)")
+
+
+def compare(ckpt: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Print the perplexity of a run's LLM before the run and after, and what of it has moved."""
+    expert = load_expert(ckpt, device)
+    made_for = expert.made_for
+    seed = made_for.get("random_llm")
+    if expert.llm_parameters():
+        dtype = torch.float32  # in which it was trained
+    before = load_llm(made_for["llm"], device, dtype, random_seed=seed)
+    scores = perplexity(before)
+    model = before.model
+    expert.attach(before)  # its own LLM, if it has one
+    print(f"{'':10}{'before':>10}{'after':>10}")
+    for name, (value, count) in perplexity(before).items():
+        print(f"{name:10}{scores[name][0]:10.2f}{value:10.2f}  ({count} tokens)")
+    if before.model is model:
+        print("its weights are frozen: they are the same to the bit")
+        return
+    from extras.separation import moved
+
+    print("its weights have moved, each kind by this share of its length:")
+    for kind, distance in moved(model, before.model).items():
+        print(f"{kind:22}{distance:.4f}")
 
 
 if __name__ == "__main__":
