@@ -477,6 +477,6 @@ def open_source(name: str, image_size: int, seed: int = 0, **options):
         from extras.emoji import Emoji
 
         return Emoji(image_size, seed, **options)
-    from extras.files import Folder
+    from extras.edit_folder import open_folder
 
-    return Folder(name, image_size, seed)
+    return open_folder(name, image_size, seed)

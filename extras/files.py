@@ -60,15 +60,20 @@ class Folder:
         epoch, place = divmod(index, len(self.pairs))
         order = self.order(epoch)
         for k in range(len(order)):  # the next one in place of one that does not decode
-            path, caption = self.pairs[order[(place + k) % len(order)]]
+            pair = self.pairs[order[(place + k) % len(order)]]
+            path, caption = pair
             try:
-                return caption, np.stack([self.picture(path)] * draws)
+                return caption, self.pictures_of(pair, draws)
             except ValueError as error:
                 if not self.skipped:
                     said = f"{error} and is skipped; later ones are counted silently"
                     warnings.warn(said, stacklevel=2)
                 self.skipped.add(path)
         raise ValueError(f"none of the {len(self.pairs)} pictures in {self.root} decodes")
+
+    def pictures_of(self, pair: tuple[Path, str], draws: int) -> np.ndarray:
+        """(draws, size, size, 3): a picture needs no variety beside the noise's."""
+        return np.stack([self.picture(pair[0])] * draws)
 
     def about(self) -> str:
         said = f"{len(self.captioned)} pictures with captions"

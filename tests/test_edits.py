@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_cli import ending
+from test_cli import ending, refusal
 from test_lmfusion import SIDE, describing_expert, largest, some_pictures, trained
 
 import evaluate
 import sample
 import train
 from conftest import CPU
-from data import HELD_OUT_PAIRS
+from data import HELD_OUT_PAIRS, open_source
 from extras.editing import read_edit_suite, why_wrong
 from extras.edits import KINDS, Edits, edit_of, is_held_out, random_edit, random_scene
 from extras.lmfusion import draw_edits, edit_contexts
@@ -212,3 +212,49 @@ def test_a_scene_without_room_has_no_such_edit():
         edit = edit_of("remove", scene, rng)
         assert (edit is None) == (len(scene) == 1)
     assert data_form("edits") == ("edits", {})
+
+
+def test_pairs_of_ones_own(tiny_run, tmp_path, capsys):
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for name, color in [("a", "red"), ("b", "blue"), ("c", "green")]:
+        Image.new("RGB", (20, 20), color).save(folder / f"{name}.png")
+    lines = [
+        {"before": "a.png", "text": "make it blue", "file_name": "b.png"},
+        {"before": "b.png", "text": "make it green", "file_name": "c.png"},
+        {"before": "a.png", "text": "now green", "file_name": "c.png"},
+        {"before": "gone.png", "text": "make it red", "file_name": "a.png"},
+    ]
+    metadata = folder / "metadata.jsonl"
+    metadata.write_text("\n".join(map(json.dumps, lines)))
+    source = open_source(str(folder), 16)
+    shown = {}
+    for i in range(3):
+        said, pictures = source.example(i, 2)
+        assert pictures.shape == (2, 2, 16, 16, 3)
+        shown[said] = [tuple(picture[0, 0]) for picture in pictures[0]]
+    red, green, blue = (255, 0, 0), (0, 128, 0), (0, 0, 255)
+    assert shown == {
+        "make it blue": [red, blue],
+        "make it green": [blue, green],
+        "now green": [red, green],
+    }
+    assert "3 left" not in source.about() and "1 left out whose picture before" in source.about()
+    before = source.fingerprint()
+    Image.new("RGB", (30, 30), "red").save(folder / "a.png")
+    assert open_source(str(folder), 16).fingerprint() != before
+
+    trained(*tiny_run, "--data", str(folder), "--steps", 2)
+    run = ["--ckpt", str(tmp_path / "run"), "--device", "cpu", "--steps", "2"]
+    asked = ["--image", str(folder / "a.png"), "--prompt", "make it blue"]
+    sample.main([*run, *asked, "--out", str(tmp_path / "edited.png")])
+    assert Image.open(tmp_path / "edited.png").size == (16, 16)
+
+    # a line without its picture before, and a folder in which none has one
+    metadata.write_text("\n".join(map(json.dumps, [*lines, {"text": "x", "file_name": "a.png"}])))
+    other = [*tiny_run, "--data", folder, "--out", tmp_path / "other"]
+    told = refusal(capsys, train.main, *other)
+    assert "line 5" in told and '"before"' in told
+    metadata.write_text(json.dumps(lines[3]))
+    told = refusal(capsys, train.main, *other)
+    assert "no captioned picture" in told and "1 left out" in told
