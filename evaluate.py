@@ -46,7 +46,7 @@ from extras.judge import Verdict, judge
 from extras.suites import HALVES, Prompt, hashed, read_suite
 from llm import FrozenLLM
 from model import ImageExpert
-from sample import RENOISE, RENOISE_HELP, draw, file_words
+from sample import GUIDANCE, RENOISE, RENOISE_HELP, draw, file_words
 
 SUITES = "geneval unseen languages colors emoji ascii knowledge parrot position".split()
 OTHER_SUITES = ("describe", "edits")  # asked for by name, of a run that has learned it
@@ -280,7 +280,7 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=positive(int), help="only the first so many prompts of each row")
     add("--steps", type=positive(int), default=24, help="Euler steps")
     add("--renoise", type=between(0, 1), default=RENOISE, help=RENOISE_HELP)
-    add("--guidance", type=guidance_form, default="3", help="as sample.py takes it")
+    add("--guidance", type=guidance_form, default=str(GUIDANCE), help="as sample.py takes it")
     noise = "of the noise: picture k of all starts from seed + k"
     add("--seed", type=seed_number, default=0, help=noise)
     add("--device", default="auto", help="auto, cpu, cuda, mps")

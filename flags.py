@@ -171,7 +171,7 @@ def make_parser() -> OneLineParser:
     add("--lm-weight", type=positive(float), default=0.05, help=weight)
 
     add = parser.add_argument_group("how long").add_argument
-    add("--steps", type=positive(int), default=2800, help="optimizer steps")
+    add("--steps", type=positive(int), default=2400, help="optimizer steps")
     add("--batch-size", type=positive(int), default=64, help="pictures a step")
     add("--draws", type=positive(int), default=4, help="of these, pictures of each caption")
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate")

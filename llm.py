@@ -253,7 +253,7 @@ class FrozenLLM:
 
     def cut(self, ids: list[int], after: int = 0) -> list[int]:
         """The first tokens, as many as fit with `after` more; ValueError for an unknown one."""
-        most = self.max_tokens - after - self.room
+        most = max(0, self.max_tokens - after - self.room)
         if len(ids) > most and not self._warned:
             said = f"a caption of {len(ids)} tokens is cut to the {most} that {self.name} takes"
             warnings.warn(said, stacklevel=4)

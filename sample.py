@@ -45,6 +45,7 @@ from model import ImageExpert
 AT_ONCE = 64  # pictures that are drawn as one batch
 RENOISE = 0.6  # up to this t noise is drawn anew at each step (see euler_sample), and then
 RENOISE_HELP = "up to this t each step draws its noise anew; 0: even steps, the first noise alone"
+GUIDANCE = 1.5  # scale; with fresh noise more does harm (RESULTS.md)
 SHIFT = 2.0  # more of the steps are near the noise
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # files of --out
 
@@ -56,7 +57,7 @@ def draw(
     prompts: list[str],
     seeds: list[int],
     steps: int = 24,
-    guidance: float = 3.0,
+    guidance: float = GUIDANCE,
     interval: tuple[float, float] = (0.0, 1.0),
     renorm: bool = False,
     batch_size: int = AT_ONCE,
@@ -163,7 +164,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=positive(int), default=24, help="Euler steps")
     add("--renoise", type=between(0, 1), default=RENOISE, help=RENOISE_HELP)
     scale = "scale; 1 is none; 3:from=0.1:to=0.8 while t is between these; 3:renorm (flow.guide)"
-    add("--guidance", type=guidance_form, default="3", help=scale)
+    add("--guidance", type=guidance_form, default=str(GUIDANCE), help=scale)
     add("--out", default="samples", help="folder for the pictures, or the file of a single one")
 
     add = parser.add_argument_group("what is shown of it").add_argument

@@ -79,7 +79,10 @@ def describe(
             ids.append(token)
         if all(has_ended(sequence, ids) for ids in said):
             break
-        hidden = sequence.read_tokens([[token] for token in new])[:, -1]
+        states = sequence.read_tokens([[token] for token in new])
+        if states is None:  # the LLM takes no more
+            break
+        hidden = states[:, -1]
     return [beginning + text_of(sequence, ids) for ids in said]
 
 
@@ -305,14 +308,14 @@ def describe_files(args: argparse.Namespace) -> None:
     """sample.py --describe: a line for each picture."""
     check_flags(args)
     paths = args.describe
-    pictures = [read_picture(path) for path in paths]  # refused before anything is loaded
+    sizes = [read_picture(path).size for path in paths]  # refused before anything is loaded
     expert, llm = open_towers(args, None)
     check_describes(expert, args.ckpt or "the checkpoint")
     side = expert.image_size
     squares = []
-    for path, picture in zip(paths, pictures):
-        if picture.size != (side, side):
-            print(f"{path}: {picture.width}x{picture.height}, its centre read at {side}x{side}")
+    for path, (width, height) in zip(paths, sizes):
+        if (width, height) != (side, side):
+            print(f"{path}: {width}x{height}, its centre read at {side}x{side}")
         squares.append(np.asarray(read_picture(path, side)))
     beginning = args.prompt[0] if args.prompt else ""
     seeds = list(range(args.seed, args.seed + len(paths)))

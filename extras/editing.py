@@ -22,7 +22,7 @@ from extras.colors import same_color
 from extras.edits import KINDS, STEPS, Edit, Edits, Placed, edit_of, random_scene
 from extras.files import read_picture
 from extras.judge import Found, read_scene
-from extras.lmfusion import draw_edits
+from extras.lmfusion import EDIT_GUIDANCE, draw_edits
 from extras.suites import Prompt, is_in
 from extras.tables import compare, print_suite, sheet, summarize
 from model import ImageExpert
@@ -155,8 +155,9 @@ def evaluate_edits(args: argparse.Namespace, runs: list[LoadedRun]) -> dict[str,
     for run in runs:
         source = Edits(run.expert.image_size)
         before = np.stack([source.picture(one.edit.before) for one in asked])
+        guidance = (args.guidance[0], EDIT_GUIDANCE[1])
         pictures = draw_edits(
-            run.expert, run.llm, before, texts, seeds, args.steps, renoise=args.renoise
+            run.expert, run.llm, before, texts, seeds, args.steps, guidance, args.renoise
         )
         grades = []
         for picture, one in zip(pictures, asked):

@@ -58,6 +58,8 @@ def about_run(folder: Path) -> dict:
         about["step"] = int(metadata["step"])
         about["settings"] = json.loads(metadata["args"])
         about["settings"].pop("out")
+        if about["settings"].get("start"):
+            about["settings"]["start"] = Path(about["settings"]["start"]).name
     if (folder / "metrics.jsonl").exists():
         lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
         if lines:

@@ -30,12 +30,12 @@ from extras.joint import run_with_attention
 from extras.mirror import MirrorTower, ReadOnlyCache
 from llm import Context, FrozenLLM
 from model import ExpertBlock, ImageExpert
-from sample import RENOISE, integrate, noise_of, to_pixels, to_tensor
+from sample import GUIDANCE, RENOISE, integrate, noise_of, to_pixels, to_tensor
 
 LINE = "\n"  # stands between a picture and its caption
 PADDING = -1
 IGNORED = -100  # no target: cross_entropy leaves it out
-EDIT_GUIDANCE = (3.0, 1.5)  # of the instruction, and of the picture
+EDIT_GUIDANCE = (GUIDANCE, 1.5)  # of the instruction, and of the picture
 
 
 @dataclass
@@ -96,21 +96,22 @@ class Sequence:
         self.read_tokens([self.tokens(text) for text in texts])
 
     def read_tokens(self, token_lists: list[list[int]]) -> Tensor | None:
-        """Tokens for each of the B sequences -> the LLM's last hidden states (B, T, d).
+        """Tokens for each of the B sequences -> the LLM's last hidden states (B, T, d); None if
+        there are none, or no room for any.
 
         The LLM runs with its own weights and positions; its attention looks at the cache, and
         causally at the new tokens.
         """
         llm = self.llm
-        if not any(token_lists):
+        rows = [llm.cut(ids, start) for ids, start in zip(token_lists, self.position.tolist())]
+        if not any(rows):
             return None
-        rows = [llm.cut(ids) for ids in token_lists]
         lengths = torch.tensor([len(ids) for ids in rows], device=llm.device)
         ids = [torch.tensor(row, dtype=torch.long) for row in rows]
         ids = pad_sequence(ids, batch_first=True).to(llm.device)  # (B, T)
         B, T = ids.shape
         own = torch.arange(T, device=llm.device)
-        positions = self.position[:, None] + own  # (B, T)
+        positions = (self.position[:, None] + own).clamp(max=llm.max_tokens)  # (B, T)
         place = positions.masked_fill(own >= lengths[:, None], PADDING)
 
         def attend(module, q, k, v, attention_mask, scaling=None, sliding_window=None, **_):
@@ -239,12 +240,14 @@ def caption_loss(
     token."""
     sequence = after_pictures(llm, expert, pictures)
     line = sequence.tokens(LINE)
+    place = int(sequence.position[0])  # the same for all
     rows = []
     targets = []
     for caption in captions:
         ids = sequence.tokens(caption)
-        rows.append(line + ids)
-        targets.append(torch.tensor([IGNORED] * (len(line) - 1) + ids + [end_of(sequence)]))
+        wanted = [IGNORED] * (len(line) - 1) + ids + [end_of(sequence)]
+        rows.append(llm.cut(line + ids, place))
+        targets.append(torch.tensor(wanted[: len(rows[-1])]))
     hidden = sequence.read_tokens(rows)  # (B, T, d)
     wanted = pad_sequence(targets, batch_first=True, padding_value=IGNORED).to(llm.device)
     asked = wanted != IGNORED  # (B, T)

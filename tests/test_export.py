@@ -96,3 +96,14 @@ def test_the_shipped_expert_serves_until_there_is_a_run(run, tmp_path, monkeypat
     shutil.rmtree(tmp_path / shown)
     with pytest.raises(ValueError, match="no checkpoint under runs/: train one first"):
         sample.main([*DRAW, "b.png"])
+
+
+def test_no_place_of_this_machine_is_told(run, tmp_path):
+    """A run that began with another names it, not the folder that it lay in."""
+    flags = ["--from", str(run), "--steps", "1", "--warmup", "1", "--device", "cpu"]
+    train.main([*flags, "--batch-size", "8", "--out", "runs/second"])
+    export.main(["--ckpt", "runs/second", "--out", "shared"])
+    for name in ("about.json", "config.json"):
+        told = (tmp_path / "shared" / name).read_text("utf-8")
+        assert "first" in told and str(run.parent) not in told
+    assert str(run.parent).encode() not in (tmp_path / "shared" / "model.safetensors").read_bytes()

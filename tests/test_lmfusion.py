@@ -269,6 +269,20 @@ def test_pictures_are_described_each_as_if_alone(kind, tiny_llm):
     assert drawn == again and len(set(drawn)) == 3
 
 
+def test_what_has_no_room_is_cut(tiny_llm):
+    """GPT-2 has as many positions as it has; what is beyond them is left out, and said once."""
+    llm = tiny_llm("gpt2")
+    expert = describing_expert(llm)
+    pictures = some_pictures(2)
+    said = describe(llm, expert, pictures, tokens=200)
+    assert said == describe(llm, expert, pictures, tokens=62)
+    with pytest.warns(UserWarning, match="is cut to the"):
+        losses = caption_loss(llm, expert, pictures, ["a red circle " * 40, "two"])
+    assert torch.isfinite(losses).all()
+    short = caption_loss(llm, expert, pictures[1:], ["two"])
+    assert largest(losses[1:], short) < 1e-4
+
+
 # -------------------------------------------------------------------------------------------------
 # through the commands
 

@@ -120,6 +120,16 @@ def unets() -> list[list[str]]:
     return rows
 
 
+def equal_time() -> list[list[str]]:
+    rows = []
+    for run in read("unet")["equal time"].values():
+        cells = [f"{run['steps']:,}"]
+        for suite in ("geneval", "unseen"):
+            cells.append(", ".join(f"{score:.2f}" for score in run[suite]))
+        rows.append(cells)
+    return rows
+
+
 def agreement() -> list[list[str]]:
     rows = []
     for errors in read("unet")["agreement"].values():
@@ -395,7 +405,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("README.md", "Is my run right?"): [default_run],
     ("README.md", "What it shows"): [headline],
     ("RESULTS.md", "What does the default run learn?"): [default_scores],
-    ("RESULTS.md", "Which U-Net?"): [unets, agreement],
+    ("RESULTS.md", "Which U-Net?"): [equal_time, unets, agreement],
     ("RESULTS.md", "What does the sampler decide?"): [samplers],
     ("RESULTS.md", "Should the network predict the clean picture or the velocity?"): [prediction],
     ("RESULTS.md", "Does the LLM's knowledge reach the picture?"): [suites, each_language],
