@@ -13,8 +13,8 @@ from cli import caption_font
 
 Cell = tuple[np.ndarray, str, bool | None]  # picture (height, width, 3), text, whether it is right
 
-SIDE = 72  # of a picture, in pixels
-COLUMN = 116  # a picture and the gap to the next
+SIDE = 128  # at most, of a picture, in pixels
+COLUMN = 140  # a picture and the gap to the next
 TEXT_HEIGHT = 36
 TITLE_HEIGHT = 20
 GAP = 6
@@ -37,7 +37,7 @@ def picture_table(blocks: list[tuple[str, dict[str, list[Cell]]]]) -> Image.Imag
             columns = max(columns, len(line))
         rows = max(rows, len(lines))
     block_width = columns * COLUMN + 16
-    row_height = TITLE_HEIGHT + GAP + SIDE + TEXT_HEIGHT
+    row_height = TITLE_HEIGHT + 2 * GAP + SIDE + TEXT_HEIGHT
     size = (GAP + block_width * len(blocks), TITLE_HEIGHT + rows * row_height)
     image = Image.new("RGB", size, "white")
     ink = ImageDraw.Draw(image)
@@ -56,13 +56,25 @@ def picture_table(blocks: list[tuple[str, dict[str, list[Cell]]]]) -> Image.Imag
 def _paste_cell(image: Image.Image, x: int, y: int, cell: Cell) -> None:
     picture, text, right = cell
     ink = ImageDraw.Draw(image)
+    enlarged = fitted(picture)
     if right is not None:
-        frame = (x, y, x + SIDE + 3, y + SIDE + 3)
+        frame = (x, y, x + enlarged.width + 5, y + enlarged.height + 5)
         ink.rectangle(frame, fill=GREEN if right else RED)
-    height = SIDE * picture.shape[0] // picture.shape[1]
-    enlarged = Image.fromarray(picture).resize((SIDE, height), Image.Resampling.NEAREST)
-    image.paste(enlarged, (x + 2, y + 2))
-    write_small(ink, (x, y + SIDE + 5), text, COLUMN - 6, lines=3)
+    image.paste(enlarged, (x + 3, y + 3))
+    write_small(ink, (x, y + SIDE + 8), text, COLUMN - 6, lines=3)
+
+
+def fitted(picture: np.ndarray) -> Image.Image:
+    """(height, width, 3) uint8, each pixel as a square of whole pixels; larger ones reduced."""
+    image = Image.fromarray(picture)
+    longest = max(image.size)
+    if longest > SIDE:
+        share = SIDE / longest
+        size = (max(1, round(share * image.width)), max(1, round(share * image.height)))
+        return image.resize(size, Image.Resampling.LANCZOS)
+    factor = SIDE // longest
+    size = (factor * image.width, factor * image.height)
+    return image.resize(size, Image.Resampling.NEAREST)
 
 
 def spread(n: int, k: int) -> list[int]:

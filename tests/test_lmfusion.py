@@ -274,10 +274,10 @@ def test_what_has_no_room_is_cut(tiny_llm):
     llm = tiny_llm("gpt2")
     expert = describing_expert(llm)
     pictures = some_pictures(2)
-    said = describe(llm, expert, pictures, tokens=200)
+    with pytest.warns(UserWarning, match="is cut to"):
+        said = describe(llm, expert, pictures, tokens=200)
     assert said == describe(llm, expert, pictures, tokens=62)
-    with pytest.warns(UserWarning, match="is cut to the"):
-        losses = caption_loss(llm, expert, pictures, ["a red circle " * 40, "two"])
+    losses = caption_loss(llm, expert, pictures, ["a red circle " * 40, "two"])
     assert torch.isfinite(losses).all()
     short = caption_loss(llm, expert, pictures[1:], ["two"])
     assert largest(losses[1:], short) < 1e-4
