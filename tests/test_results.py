@@ -71,17 +71,12 @@ def default_run() -> list[list[str]]:
 
 
 def headline() -> list[list[str]]:
-    pretrained = read("pretrained")
-    random = read("random")
+    first = read("control")["pretrained"]
+    second = read("control")["random"]
     rows = []
-    for suite in ("geneval", "unseen"):
-        rows.append([sure(pretrained[suite]["mean"]), sure(random[suite]["mean"])])
-    first = mean_of_rows({0: languages_of(pretrained)}, rows_are_drawn=True)
-    second = mean_of_rows({0: languages_of(random)}, rows_are_drawn=True)
-    rows.append([sure(first), sure(second)])
-    rows.append([sure(emoji_found("emoji")), sure(emoji_found("emoji-random-llm"))])
-    for suite in ("knowledge", "parrot"):
-        rows.append([sure(pretrained[suite]["mean"]), sure(random[suite]["mean"])])
+    for suite in ("geneval", "unseen", "languages", "knowledge", "parrot"):
+        rows.append([sure(first[suite]["mean"]), sure(second[suite]["mean"])])
+    rows.insert(3, [sure(emoji_found("emoji")), sure(emoji_found("emoji-random-llm"))])
     return rows
 
 
@@ -106,6 +101,17 @@ def default_scores() -> list[list[str]]:
         rows.append([sure(last[suite]["mean"]), str(last[suite]["mean"]["n"])])
         for entry in last[suite]["rows"].values():
             rows.append([sure(entry), str(entry["n"])])
+    return rows
+
+
+def control() -> list[list[str]]:
+    first = read("control")["pretrained"]
+    second = read("control")["random"]
+    rows = []
+    for suite, scores in first.items():
+        low, high = scores["difference"]["mean"]["interval"]
+        apart = f"{scores['difference']['mean']['score']:+.2f} ({low:+.2f} to {high:+.2f})"
+        rows.append([sure(scores["mean"]), sure(second[suite]["mean"]), apart])
     return rows
 
 
@@ -404,7 +410,7 @@ def speed() -> list[list[str]]:
 TABLES = {  # document, heading -> what writes the cells of the tables below it, in order
     ("README.md", "Is my run right?"): [default_run],
     ("README.md", "What it shows"): [headline],
-    ("RESULTS.md", "What does the default run learn?"): [default_scores],
+    ("RESULTS.md", "What does the default run learn?"): [default_scores, control],
     ("RESULTS.md", "Which U-Net?"): [equal_time, unets, agreement],
     ("RESULTS.md", "What does the sampler decide?"): [samplers],
     ("RESULTS.md", "Should the network predict the clean picture or the velocity?"): [prediction],
@@ -482,6 +488,14 @@ def test_readme_stays_short():
     text = (ROOT / "README.md").read_text("utf-8")
     assert len(text.split()) <= 1500, f"README.md has {len(text.split())} words"
     assert len(tables_in("README.md")) <= 4
+
+
+def test_the_shipped_experts_scores_are_in_its_json():
+    text = (ROOT / "assets" / "expert" / "README.md").read_text("utf-8")
+    scores = read("shipped")
+    for suite in ("geneval", "unseen", "languages"):
+        assert f"| {sure(scores[suite]['mean'])} | {scores[suite]['mean']['n']} |" in text
+    assert f"| {sure(scores['languages']['one object'])} |" in text
 
 
 def test_every_link_leads_somewhere():
