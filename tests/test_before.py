@@ -28,7 +28,8 @@ def test_an_old_checkpoint_draws_the_same(folder, llm_folder):
     expert = load_expert(str(folder), CPU)
     assert expert.made_for["llm"] == "tiny-qwen2", "which lies elsewhere now"
     llm = llm_of(expert, str(llm_folder("qwen2")), CPU, torch.float32)
-    as_then = {"steps": 4, "renoise": 0}  # even steps, all chance in the first noise
+    # even steps, all chance in the first noise, and more guidance
+    as_then = {"steps": 4, "renoise": 0, "guidance": 3.0}
     drawn = np.hstack(draw(expert, llm, PROMPTS, SEEDS, **as_then)).astype(int)
     then = np.asarray(Image.open(folder / "drawn.png")).astype(int)
     assert then.shape == (16, 4 * 16, 3)
