@@ -51,7 +51,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.ckpt:
         compare(args.ckpt, device, dtype)
         return
-    for name, (value, count) in perplexity(load_llm(args.llm, device, dtype)).items():
+    report(perplexity(load_llm(args.llm, device, dtype)))
+
+
+def report(results: dict[str, tuple[float, int]]) -> None:
+    for name, (value, count) in results.items():
         print(f"{name:10}{value:8.2f}  ({count} tokens)")
 
 
@@ -60,22 +64,22 @@ def compare(ckpt: str, device: torch.device, dtype: torch.dtype) -> None:
     expert = load_expert(ckpt, device)
     made_for = expert.made_for
     seed = made_for.get("random_llm")
-    if expert.llm_parameters():
-        dtype = torch.float32  # in which it was trained
-    before = load_llm(made_for["llm"], device, dtype, random_seed=seed)
-    scores = perplexity(before)
-    model = before.model
-    expert.attach(before)  # its own LLM, if it has one
-    print(f"{'':10}{'before':>10}{'after':>10}")
-    for name, (value, count) in perplexity(before).items():
-        print(f"{name:10}{scores[name][0]:10.2f}{value:10.2f}  ({count} tokens)")
-    if before.model is model:
-        print("its weights are frozen: they are the same to the bit")
+    if not expert.llm_parameters():
+        print("its LLM is frozen: after the run it is what it was before")
+        report(perplexity(load_llm(made_for["llm"], device, dtype, random_seed=seed)))
         return
+    # in float32, in which it was trained
+    llm = load_llm(made_for["llm"], device, torch.float32, random_seed=seed)
+    model = llm.model
+    print("before the run:")
+    report(perplexity(llm))
+    expert.attach(llm)  # its own LLM takes the place of that one
+    print("after it:")
+    report(perplexity(llm))
     from extras.separation import moved
 
     print("its weights have moved, each kind by this share of its length:")
-    for kind, distance in moved(model, before.model).items():
+    for kind, distance in moved(model, llm.model).items():
         print(f"{kind:22}{distance:.4f}")
 
 
