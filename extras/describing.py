@@ -3,12 +3,11 @@
     python sample.py --describe picture.png other.jpg
     python evaluate.py --ckpt runs/described --suite describe
 
-A caption is read back by the grammar that data.py writes captions with, and compared with the
-scene: shapes, colours, counts, and where things stand, if it says so. No network judges.
+A caption is read back by the grammar of captions (caption_grammar.py), and compared with the scene:
+shapes, colours, counts, and where things stand, if it says so. No network judges.
 """
 
 import argparse
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,6 @@ from data import (
     CANONICAL_COLORS,
     COLOR_NAMES,
     COLORS,
-    COUNT_WORDS,
     RELATIONS,
     SHAPES,
     Group,
@@ -31,6 +29,7 @@ from data import (
     lay_out,
 )
 from evaluate import Grade, LoadedRun
+from extras.caption_grammar import scene_of
 from extras.files import read_picture
 from extras.lmfusion import LINE, Sequence, after_pictures, logits_of
 from extras.suites import Prompt, is_in
@@ -108,55 +107,7 @@ def text_of(sequence: Sequence, ids: list[int]) -> str:
 
 
 # -------------------------------------------------------------------------------------------------
-# a caption -> the scene that it tells of
-
-_COUNTS = {"a": 1, "an": 1, "the": 1} | {word: n for n, word in COUNT_WORDS.items()}
-_COUNTS |= {str(n): n for n in COUNT_WORDS}
-_COUNT = "|".join(_COUNTS)
-_COLOR = "|".join(sorted(COLORS, key=len, reverse=True))
-_SHAPE = "|".join(SHAPES)
-_AFTER = "that is|colored|in|of|is|painted"
-_THINGS = re.compile(  # "three small teal stars", "a star that is red", "star, red"
-    rf"(?:\b(?P<count>{_COUNT}) )?(?:\b(?P<size>small|large) )?"
-    rf"(?:\b(?P<color>{_COLOR})(?:[ -]colored)? )?\b(?P<shape>{_SHAPE})(?P<many>e?s)?\b"
-    rf"(?:(?: (?:{_AFTER})|,) (?P<after>{_COLOR})\b(?! (?:{_SHAPE})))?"
-)
-_COLOR_OF = re.compile(rf"\bthe color of the (?:\w+ )?(?:{_SHAPE}) is (?P<color>{_COLOR})$")
-_WORDS = {
-    "left of": r"(?:to |on )?(?:the )?left (?:side )?of",
-    "right of": r"(?:to |on )?(?:the )?right (?:side )?of",
-    "above": "above|over|higher than",
-    "below": "below|under|beneath|underneath",
-}
-
-
-def scene_of(caption: str) -> Scene | None:
-    """The scene that a caption tells of; None if it is none of one or two groups."""
-    caption = caption.lower().strip(" .")
-    groups = []
-    places = []
-    for found in _THINGS.finditer(caption):
-        color = found["color"] or found["after"]
-        count = _COUNTS.get(found["count"], 1)
-        if bool(found["many"]) != (count > 1):
-            return None
-        groups.append(Group(count, color, found["shape"], found["size"]))
-        places.append(found.span())
-    if not 1 <= len(groups) <= 2:
-        return None
-    if len(groups) == 1:
-        told = _COLOR_OF.search(caption)
-        if told:
-            groups = [Group(1, told["color"], groups[0].shape, groups[0].size)]
-        return Scene(tuple(groups))
-
-    # between the two, or before both: "left of the star is a ring"
-    for relation, words in _WORDS.items():
-        if re.search(rf"\b(?:{words})\b", caption[places[0][1] : places[1][0]]):
-            return Scene(tuple(groups), relation)
-        if re.match(rf"(?:{words})\b", caption[: places[0][0]]):
-            return Scene((groups[1], groups[0]), relation)
-    return Scene(tuple(groups))
+# the suite
 
 
 def why_wrong(said: str, things: list[Thing]) -> str | None:
@@ -196,9 +147,6 @@ def stands(scene: Scene, things: list[Thing]) -> bool:
 def things_of(group: Group, things: list[Thing]) -> list[Thing]:
     return [t for t in things if t.shape == group.shape and t.rgb == COLORS[group.color]]
 
-
-# -------------------------------------------------------------------------------------------------
-# the suite
 
 PER_ROW = 60  # scenes
 SUITE = {  # row -> how many things of each kind, and which colours

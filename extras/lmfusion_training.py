@@ -1,15 +1,18 @@
 """What LMFusion adds to a training step: pictures that are described, and pairs that are edits.
 
-    python train.py --describe 0.2
-    python train.py --from runs/shapes --data edits
+python train.py --describe 0.2
+python train.py --from runs/shapes --data edits
 """
 
 import argparse
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data import Shapes
+from extras.caption_grammar import names_colors
 from extras.lmfusion import Sequence, caption_loss, draw_edits, edit_contexts
 from llm import Context, FrozenLLM
 from sample import to_tensor
@@ -25,7 +28,7 @@ def tasks_of(args: argparse.Namespace, source, llm: FrozenLLM) -> "Tasks":
             f"--describe: --data {args.data} has instructions, which describe no picture; leave "
             "one out"
         )
-    return Tasks(args.describe, pairs)
+    return Tasks(args.describe, pairs, names_colors if isinstance(source, Shapes) else None)
 
 
 @torch.no_grad()
@@ -52,23 +55,28 @@ def check_plain_attention(llm: FrozenLLM) -> None:
 
 class Tasks:
     """The further tasks of a train.Run: `describe`, the share of each batch that is described, or
-    `pairs`, whether its pictures are pairs, before and after an edit."""
+    `pairs`, whether its pictures are pairs, before and after an edit. tells_all: whether a caption
+    says of its picture all that it should (default: any does)."""
 
-    def __init__(self, describe: float, pairs: bool):
+    def __init__(self, describe: float, pairs: bool, tells_all: Callable | None = None):
         self.describe = describe
         self.pairs = pairs
+        self.tells_all = tells_all
         self.described: tuple[list[str], np.ndarray] | None = None
         self.before: np.ndarray | None = None
 
     def take(self, captions: list[str], pictures: np.ndarray) -> tuple[list[str], np.ndarray]:
         """Captions and pictures of a batch -> those that are drawn. The others are kept: pictures
-        to be described, evenly from all of the batch, or those before the edit."""
+        to be described, evenly from all whose caption tells all, or those before the edit."""
         if self.pairs:
             self.before = pictures[:, 0]  # (B, height, width, 3)
             return captions, pictures[:, 1]
         B = len(captions)
-        count = min(round(self.describe * B), B - 1)  # one at least is drawn
-        chosen = [(2 * k + 1) * B // (2 * count) for k in range(count)]
+        fit = range(B)
+        if self.tells_all:
+            fit = [i for i in fit if self.tells_all(captions[i])]
+        count = min(round(self.describe * B), B - 1, len(fit))  # one at least is drawn
+        chosen = [fit[(2 * k + 1) * len(fit) // (2 * count)] for k in range(count)]
         rest = sorted(set(range(B)) - set(chosen))
         self.described = ([captions[i] for i in chosen], pictures[chosen])
         return [captions[i] for i in rest], pictures[rest]

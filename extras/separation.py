@@ -82,6 +82,7 @@ class SeparatedTower(MirrorTower):
             if llm.frozen:
                 print(f"LLM {llm.name}: NOT as it was, its weights were trained with the expert")
             llm.model = own
+            llm.dtype = own.dtype  # float32, in which it is trained
         super().attach(llm)  # and forget what another has read
         if self.separation != "deep":
             # not as a module: what the LLM has, it keeps

@@ -4,6 +4,7 @@ plain joint forward over the whole sequence; a picture is described, each as if 
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,10 +19,11 @@ from attention import joint_attention_definition
 from checkpoint import load_expert
 from conftest import CPU
 from data import COLORS, Scene, Shapes, Thing
-from extras.describing import describe, scene_of, why_wrong
+from extras.caption_grammar import names_colors, scene_of
+from extras.describing import describe, why_wrong
 from extras.joint import run_with_attention
 from extras.lmfusion import Sequence, caption_loss, interleave, logits_of
-from extras.lmfusion_training import check_plain_attention
+from extras.lmfusion_training import Tasks, check_plain_attention
 from extras.mirror import MirrorTower
 from llm import FrozenLLM
 from model import ImageExpert
@@ -281,6 +283,25 @@ def test_what_has_no_room_is_cut(tiny_llm):
     assert torch.isfinite(losses).all()
     short = caption_loss(llm, expert, pictures[1:], ["two"])
     assert largest(losses[1:], short) < 1e-4
+
+
+def test_only_captions_that_name_the_colors_are_described():
+    """Evenly from these, whatever the others are; of a folder's captions all are."""
+    captions = ["a red star", "three stars", "a ring", "a blue ring above a star", "star, teal"] * 4
+    pictures = np.arange(20).reshape(20, 1, 1, 1)
+    tasks = Tasks(0.3, False, names_colors)
+    drawn, rest = tasks.take(captions, pictures)
+    described, shown = tasks.described
+    assert len(described) == 6 and set(described) == {"a red star", "star, teal"}
+    assert [captions[i] for i in shown.flatten()] == described
+    assert sorted([*rest.flatten(), *shown.flatten()]) == list(range(20))
+    assert drawn == [captions[i] for i in rest.flatten()]
+
+    tasks.take(["three stars"] * 4, pictures[:4])
+    assert tasks.described[0] == []  # nothing is fit
+    everything = Tasks(0.3, False)
+    everything.take(captions, pictures)
+    assert "three stars" in everything.described[0]
 
 
 # -------------------------------------------------------------------------------------------------
