@@ -22,6 +22,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ from model import ImageExpert
 from sample import GUIDANCE, RENOISE, RENOISE_HELP, draw, file_words
 
 SUITES = "geneval unseen languages colors emoji ascii knowledge parrot position".split()
-OTHER_SUITES = ("describe", "edits")  # asked for by name, of a run that has learned it
+OTHER_SUITES = ("describe", "describe-languages", "edits")  # asked for by name, where learned
 NEAR = 15.0  # CIE76 delta E within which a colour is the one that was asked for by its numbers
 FILES = ("evaluate.json", "versus.json")  # the scores of the run, and of the one beside it
 
@@ -211,10 +212,10 @@ def open_runs(args: argparse.Namespace, kind: str, suites: list[str]) -> list[Lo
 
 def other_suite(name: str) -> tuple[Callable, Callable]:
     """What refuses a run that has not learned it, and what scores one."""
-    if name == "describe":
+    if name.startswith("describe"):
         from extras.describing import check_describes, evaluate_describing
 
-        return check_describes, evaluate_describing
+        return check_describes, partial(evaluate_describing, name)
     from extras.editing import check_edits, evaluate_edits
 
     return check_edits, evaluate_edits

@@ -2,13 +2,16 @@
 
     python sample.py --describe picture.png other.jpg
     python evaluate.py --ckpt runs/described --suite describe
+    python evaluate.py --ckpt runs/described --suite describe-languages     # after "Una foto di"
 
 A caption is read back by the grammar of captions (caption_grammar.py), and compared with the scene:
 shapes, colours, counts, and where things stand, if it says so. No network judges.
 """
 
 import argparse
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,12 +35,13 @@ from evaluate import Grade, LoadedRun
 from extras.caption_grammar import scene_of
 from extras.files import read_picture
 from extras.lmfusion import LINE, Sequence, after_pictures, logits_of
-from extras.suites import Prompt, is_in
+from extras.suites import Prompt, is_in, read_suite
 from extras.tables import compare, print_suite, sheet, summarize
 from llm import FrozenLLM
 from model import ImageExpert
 from sample import to_tensor
 
+BEGINNINGS = Path(__file__).parent.parent / "assets" / "describe" / "beginnings.json"
 AT_ONCE = 32  # pictures that are described as one batch
 
 
@@ -55,20 +59,24 @@ def describe(
     llm: FrozenLLM,
     expert: ImageExpert,
     pictures: Tensor,
-    beginning: str = "",
+    beginnings: list[str] | None = None,
     temperature: float = 0.0,
     seeds: list[int] | None = None,
     tokens: int = 48,
 ) -> list[str]:
-    """What the LLM says of each picture, (B, C, height, width) in [-1, 1], after this beginning:
+    """What the LLM says of each picture, (B, C, height, width) in [-1, 1], after its beginning:
     until its tokenizer's end, a line's end, or so many tokens.
 
     temperature 0: the most likely token each time; else drawn, from the chance of each row's seed.
     """
     sequence = after_pictures(llm, expert, pictures)
-    first = sequence.tokens(LINE) + (sequence.tokens(beginning) if beginning else [])
+    beginnings = beginnings or [""] * len(pictures)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(pictures))]
-    hidden = sequence.read_tokens([first] * len(pictures))[:, -1]  # (B, d)
+    start = sequence.position
+    line = sequence.tokens(LINE)
+    states = sequence.read_tokens([line + sequence.tokens(text) for text in beginnings])
+    last = sequence.position - start - 1
+    hidden = states[torch.arange(len(states)), last]  # (B, d)
     said: list[list[int]] = [[] for _ in pictures]
     for _ in range(tokens):
         new = []
@@ -82,7 +90,7 @@ def describe(
         if states is None:  # the LLM takes no more
             break
         hidden = states[:, -1]
-    return [beginning + text_of(sequence, ids) for ids in said]
+    return [text + text_of(sequence, ids) for text, ids in zip(beginnings, said)]
 
 
 def next_token(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
@@ -159,12 +167,15 @@ SUITE = {  # row -> how many things of each kind, and which colours
 
 @dataclass(frozen=True)
 class Shown:
-    """A scene of the suite, drawn: its things, and the picture (side, side, 3) uint8."""
+    """A scene of a suite, drawn: its things, and the picture (side, side, 3) uint8. Of a row in
+    another language: how its description begins, and what must stand in it."""
 
     row: str
     scene: Scene
     things: list[Thing]
     picture: np.ndarray
+    beginning: str = ""
+    words: str = ""
 
 
 def read_describe_suite(
@@ -192,37 +203,68 @@ def read_describe_suite(
     return shown
 
 
+def read_languages_suite(
+    side: int, limit: int | None, only: list[str] | None, half: str
+) -> list[Shown]:
+    """The single things of the suite `languages`, drawn: each language a row, whose descriptions
+    begin in it. Right is one with the words that the suite itself has for the scene."""
+    beginnings = json.loads(BEGINNINGS.read_text("utf-8"))
+    shown = []
+    for prompt in read_suite("languages", limit, only, one=True, half=half):
+        rng = np.random.default_rng([2026, int(prompt.scene_id, 16)])
+        things = lay_out(prompt.scene, rng)
+        picture = draw_things(things, side)
+        words = (beginnings[prompt.row], prompt.text)
+        shown.append(Shown(prompt.row, prompt.scene, things, picture, *words))
+    return shown
+
+
+READERS = {"describe": read_describe_suite, "describe-languages": read_languages_suite}
+
+
 def prompt_of(shown: Shown, said: str) -> Prompt:
     """What was said of a scene, in the place of a prompt."""
     return Prompt(shown.row, said, shown.scene)
 
 
-def evaluate_describing(args: argparse.Namespace, runs: list[LoadedRun]) -> dict[str, dict]:
-    """Score, print and picture the suite of one run, or of two side by side. -> run -> scores"""
+def evaluate_describing(
+    suite: str, args: argparse.Namespace, runs: list[LoadedRun]
+) -> dict[str, dict]:
+    """Score, print and picture a suite of one run, or of two side by side. -> run -> scores"""
     results = {}
     graded = []
     for run, name in zip(runs, ("evaluate", "versus")):
-        shown = read_describe_suite(run.expert.image_size, args.limit, args.rows, args.half)
+        shown = READERS[suite](run.expert.image_size, args.limit, args.rows, args.half)
         pictures = np.stack([one.picture for one in shown])
-        said = describe_all(run.expert, run.llm, pictures)
+        beginnings = [one.beginning for one in shown]
+        said = describe_all(run.expert, run.llm, pictures, beginnings=beginnings)
         prompts = list(map(prompt_of, shown, said))
         grades = [grade_of(text, one) for text, one in zip(said, shown)]
-        results[run.name] = summarize("describe", prompts, grades)
+        results[run.name] = summarize(suite, prompts, grades)
         results[run.name]["said"] = said
         for row, share in chance_of(shown, said).items():
             results[run.name]["rows"][row]["chance"] = share
         graded.append(grades)
         picture = sheet(prompts, [(run.name, pictures, grades)])
-        write_whole(args.out / f"{name}-describe.png", picture.save)
+        write_whole(args.out / f"{name}-{suite}.png", picture.save)
     if len(runs) > 1:
-        difference = compare("describe", prompts, *graded)
+        difference = compare(suite, prompts, *graded)
         results[runs[0].name]["difference"] = difference
-    print_suite("describe", results)
+    print_suite(suite, results)
     return results
 
 
 def grade_of(said: str, shown: Shown) -> Grade:
-    return Grade(why_wrong(said, shown.things), None, None)
+    return Grade(reason_of(said, shown), None, None)
+
+
+def reason_of(said: str, shown: Shown) -> str | None:
+    """Why a description is wrong, None if it is right."""
+    if not shown.words:
+        return why_wrong(said, shown.things)
+    if shown.words.casefold() in said.casefold():
+        return None
+    return "in English" if scene_of(said) else "other words"
 
 
 def chance_of(shown: list[Shown], said: list[str]) -> dict[str, float]:
@@ -231,20 +273,22 @@ def chance_of(shown: list[Shown], said: list[str]) -> dict[str, float]:
     for i, one in enumerate(shown):
         for other in shown[i + 1 :] + shown[:i]:
             if other.row == one.row:
-                right.setdefault(one.row, []).append(why_wrong(said[i], other.things) is None)
+                right.setdefault(one.row, []).append(reason_of(said[i], other) is None)
                 break
     return {row: float(np.mean(passed)) for row, passed in right.items()}
 
 
 def describe_all(expert: ImageExpert, llm: FrozenLLM, pictures: np.ndarray, **options) -> list[str]:
-    """What is said of each picture, (n, side, side, 3) uint8. options: see lmfusion.describe."""
+    """What is said of each picture, (n, side, side, 3) uint8. options: see describe, each picture's
+    own beginning and seed."""
     said = []
     for start in range(0, len(pictures), AT_ONCE):
-        some = to_tensor(pictures[start : start + AT_ONCE], llm.device)
-        own = {name: value for name, value in options.items()}
-        if "seeds" in own:
-            own["seeds"] = own["seeds"][start : start + AT_ONCE]
-        said += describe(llm, expert, some, **own)
+        some = slice(start, start + AT_ONCE)
+        own = dict(options)
+        for name in ("beginnings", "seeds"):
+            if name in own:
+                own[name] = own[name][some]
+        said += describe(llm, expert, to_tensor(pictures[some], llm.device), **own)
     return said
 
 
@@ -271,7 +315,7 @@ def describe_files(args: argparse.Namespace) -> None:
         expert,
         llm,
         np.stack(squares),
-        beginning=beginning,
+        beginnings=[beginning] * len(paths),
         temperature=args.temperature,
         seeds=seeds,
     )

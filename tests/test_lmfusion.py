@@ -20,7 +20,13 @@ from checkpoint import load_expert
 from conftest import CPU
 from data import COLORS, Scene, Shapes, Thing
 from extras.caption_grammar import names_colors, scene_of
-from extras.describing import describe, why_wrong
+from extras.describing import (
+    BEGINNINGS,
+    describe,
+    read_languages_suite,
+    reason_of,
+    why_wrong,
+)
 from extras.joint import run_with_attention
 from extras.lmfusion import Sequence, caption_loss, interleave, logits_of
 from extras.lmfusion_training import Tasks, check_plain_attention
@@ -258,17 +264,34 @@ def test_pictures_are_described_each_as_if_alone(kind, tiny_llm):
     llm = tiny_llm(kind)
     expert = describing_expert(llm)
     pictures = some_pictures(3)
-    for options in ({}, {"temperature": 1.0, "seeds": [5, 6, 7]}, {"beginning": "an orange"}):
+    chance = {"temperature": 1.0, "seeds": [5, 6, 7]}
+    of_three_lengths = {"beginnings": ["an orange", "", "three small teal stars and"]}
+    for options in ({}, chance, of_three_lengths, chance | of_three_lengths):
         together = describe(llm, expert, pictures, tokens=6, **options)
         for i in range(3):
             own = dict(options)
-            if "seeds" in own:
-                own["seeds"] = own["seeds"][i : i + 1]
+            for name in ("seeds", "beginnings"):
+                if name in own:
+                    own[name] = own[name][i : i + 1]
             assert describe(llm, expert, pictures[i : i + 1], tokens=6, **own) == [together[i]]
-        assert all(text.startswith(options.get("beginning", "")) for text in together)
+        for text, beginning in zip(together, options.get("beginnings", [])):
+            assert text.startswith(beginning)
     drawn = describe(llm, expert, pictures, temperature=1.0, seeds=[5, 5, 6])
     again = describe(llm, expert, pictures, temperature=1.0, seeds=[5, 5, 6])
     assert drawn == again and len(set(drawn)) == 3
+
+
+def test_a_description_in_another_language():
+    """Right with the words of the suite for its scene, after a beginning that it has for each
+    language."""
+    shown = read_languages_suite(16, None, None, "both")
+    rows = {one.row for one in shown}
+    assert rows == set(json.loads(BEGINNINGS.read_text("utf-8"))) and len(rows) == 22
+    one = next(one for one in shown if one.words == "un triangolo verde")
+    assert one.beginning == "Una foto di"
+    assert reason_of("Una foto di un triangolo verde, grande", one) is None
+    assert reason_of("Una foto di un triangolo rosso", one) == "other words"
+    assert reason_of("Una foto di a green triangle", one) == "in English"
 
 
 def test_what_has_no_room_is_cut(tiny_llm):
@@ -343,9 +366,13 @@ def test_a_run_that_describes(tiny_run, tmp_path, capsys):
     assert f"{picture}: 40x20, its centre read at 16x16" in told
     lines = [line for line in told if line.startswith(f"{picture}: a red")]
     assert len(lines) == 2 and lines[0] == lines[1]
-    evaluate.main(f"--ckpt {tmp_path / 'both'} --suite describe --limit 2 --device cpu".split())
+    suites = "--suite describe,describe-languages --limit 2 --device cpu"
+    evaluate.main(f"--ckpt {tmp_path / 'both'} {suites}".split())
     scores = json.loads((tmp_path / "both" / "partial" / "evaluate.json").read_text())
     assert len(scores["describe"]["said"]) == 8
+    spoken = scores["describe-languages"]
+    assert len(spoken["said"]) == 44 and spoken["mean"]["n"] == 42  # all but English
+    assert spoken["said"][2].startswith("Una foto di")
     assert (tmp_path / "both" / "partial" / "evaluate-describe.png").exists()
 
 
@@ -422,8 +449,14 @@ def test_an_llm_with_another_attention_is_refused(tiny_llm):
 
 def capped(llm):
     config = transformers.Gemma2Config(
-        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
-        num_attention_heads=4, num_key_value_heads=2, attn_logit_softcapping=0.5,
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_logit_softcapping=0.5,
     )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from test_cli import refusal
 
 import assemble
+import evaluate
 import train
 from checkpoint import load_expert
 from conftest import CPU
@@ -137,6 +138,11 @@ def test_a_run_goes_on_and_draws(bridge, tiny_run, llm_folder, tmp_path, capsys)
     ours = draw(expert, llm, prompts, [0, 1], 3)
     theirs = draw(whole.ema, whole.ema_llm, prompts, [0, 1], 3)
     assert (ours == theirs).all()
+
+    # in bfloat16 too, in which the LLM that was trained stays as it is
+    asked = "--suite geneval,describe --limit 1 --steps 2 --device cpu --dtype bfloat16"
+    evaluate.main(["--ckpt", str(tmp_path / "whole"), *asked.split()])
+    assert (tmp_path / "whole" / "partial" / "evaluate-describe.png").exists()
 
     # and what it has cost is said
     capsys.readouterr()
