@@ -77,7 +77,8 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
         self.made_for = self.config["made_for"]
         self.reads = [layer.index for layer in layers]
 
-        self.patcher = PATCHERS[patcher](width, patch, channels)
+        fading = prediction == "clean"
+        self.patcher = PATCHERS[patcher](width, patch, channels, fading)
         if reads_pictures:  # see extras/lmfusion.py
             self.begin_of_image = nn.Parameter(torch.randn(width))
         self.embed_time = nn.Sequential(

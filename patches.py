@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 
 class LinearPatcher(nn.Module):
-    """A patch's pixels times a matrix."""
+    """A patch's pixels times a matrix. (fading: of skips, and it has none.)"""
 
-    def __init__(self, width: int, patch: int, channels: int):
+    def __init__(self, width: int, patch: int, channels: int, fading: bool = True):
         super().__init__()
         self.patch = patch
         self.embed = nn.Linear(channels * patch**2, width)
@@ -48,12 +48,14 @@ class UNetPatcher(nn.Module):
     The largest size has half of the picture's side: 2 x 2 pixels are one place of 4 C channels,
     which takes less than half of the time of convolutions over single pixels. Channels double from
     size to size, up to 3/8 of the expert's width. Deviations from LMFusion: convolutions alone, one
-    a size and way; skips are added, not appended, and faded out near the noise.
+    a size and way; skips are added, not appended, and with `fading` faded out near the noise (not
+    where the network says what the noise is, or a velocity: that needs the noise of each place).
     """
 
-    def __init__(self, width: int, patch: int, channels: int):
+    def __init__(self, width: int, patch: int, channels: int, fading: bool = True):
         super().__init__()
         self.patch = patch
+        self.fading = fading
         self.pixels, strides, self.places = split_patch(patch)
         pixel_channels = channels * self.pixels**2
         shares = [1 / 8, 1 / 4, 3 / 8][-len(strides) :]
@@ -82,7 +84,9 @@ class UNetPatcher(nn.Module):
         """x_t (B, C, height, width), t (B,), time (B, D): the embedding of t -> tokens (B, N, D),
         and the skips: what each size has seen, the largest first."""
         x = self.first(F.pixel_unshuffle(x_t, self.pixels))
-        faded = (t / FULL_SKIPS).clamp(max=1).square().view(-1, 1, 1, 1).to(x.dtype)
+        faded = 1
+        if self.fading:
+            faded = (t / FULL_SKIPS).clamp(max=1).square().view(-1, 1, 1, 1).to(x.dtype)
         x = self.down[0](x, time)
         skips = [x * faded]
         for shrink, block in zip(self.shrink, self.down[1:]):

@@ -76,7 +76,8 @@ class MirrorTower(ImageExpert):
         self.decoder.set_input_embeddings(nn.Identity())  # it never sees a word
         self.width = config.hidden_size
         self.reads = list(range(config.num_hidden_layers))
-        self.patcher = PATCHERS[patcher](self.width, patch, channels)
+        fading = prediction == "clean"
+        self.patcher = PATCHERS[patcher](self.width, patch, channels, fading)
         if reads_pictures:
             self.begin_of_image = nn.Parameter(torch.randn(self.width))
         self.embed_time = nn.Sequential(

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from model import ImageExpert
 from patches import PATCHERS, patchify, split_patch, unpatchify
 
 T = torch.tensor([0.5], dtype=torch.float64)  # of all pictures of a batch
 
 
-def patcher_of(kind: str, patch: int, width: int = 32, loud: bool = True):
+def patcher_of(kind: str, patch: int, width: int = 32, loud: bool = True, fading: bool = True):
     """A patcher in float64, in which nothing is zero if it is loud."""
     torch.manual_seed(0)
-    patcher = PATCHERS[kind](width, patch, 3).double()
+    patcher = PATCHERS[kind](width, patch, 3, fading).double()
     if loud:
         for parameter in patcher.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -121,3 +122,20 @@ def test_the_time_reaches_the_convolutions():
     x_t, time = inputs(16)
     one = there_and_back(patcher, x_t, time)
     assert (one - there_and_back(patcher, x_t, time + 1)).abs().amax() > 1e-3
+
+
+def test_only_who_says_the_clean_picture_fades_its_skips():
+    """Near the noise: there a velocity, or the noise itself, needs the noise of each place."""
+    x_t, time = inputs(8)
+    near_the_noise = torch.tensor([0.03], dtype=torch.float64)
+    for fading, share in ((True, 0.01), (False, 1)):
+        patcher = patcher_of("unet", 8, fading=fading)
+        _, skips = patcher.encode(x_t, near_the_noise, time)
+        _, whole = patcher.encode(x_t, T, time)
+        for ours, theirs in zip(skips, whole, strict=True):
+            assert (ours - share * theirs).abs().max() < 1e-12
+    fades = {}
+    for prediction in ("clean", "velocity", "noise"):
+        layers = [{"index": 0, "kv_heads": 1, "key_width": 8, "value_width": 8}]
+        fades[prediction] = ImageExpert(layers, 32, 4, prediction=prediction).patcher.fading
+    assert fades == {"clean": True, "velocity": False, "noise": False}
