@@ -283,6 +283,7 @@ def convert_gguf(path: Path, sha256: str) -> Path:
             path.parent, gguf_file=path.name, dtype=torch.bfloat16, **dense
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    check_words(tokenizer)
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -299,6 +300,17 @@ def convert_gguf(path: Path, sha256: str) -> Path:
         if not folder.is_dir():  # another process may have been faster
             os.replace(whole, folder)  # a kill before this line leaves nothing that looks whole
     return folder
+
+
+def check_words(tokenizer) -> None:
+    """ValueError if it reads letter by letter, as some versions of the library make it of a .gguf
+    file (5.17 of gemma's): all would run, on text that the LLM has never seen so."""
+    words = "the red circle"
+    if len(tokenizer(words, add_special_tokens=False).input_ids) > len(words) / 2:
+        raise ValueError(
+            f"transformers {transformers.__version__} makes a tokenizer of single letters from this "
+            "file; expected the version in requirements.txt: pip install -r requirements.txt"
+        )
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from extras.bridges import BridgeLLM
 from extras.thinking import Template, Thinking, chat
 from inspection import check_same_llm
 from llm import FrozenLLM
-from loading import load_llm, user_cache
+from loading import check_words, load_llm, user_cache
 from model import ImageExpert
 
 BIG = 3000.0  # activations of real LLMs: a few dimensions, the same for nearly all tokens
@@ -186,9 +186,7 @@ def test_shared_attention_does_not_saturate_beside_keys_with_large_biases(tmp_pa
         model.save_pretrained(tmp_path / str(large))
         llm = load_llm(str(tmp_path / str(large)), CPU, torch.float32)
         torch.manual_seed(0)
-        expert = ImageExpert.beside(
-            llm, 32, 2, 4, "all", patch=4, image_size=16, patcher="linear"
-        )
+        expert = ImageExpert.beside(llm, 32, 2, 4, "all", patch=4, image_size=16, patcher="linear")
         assert bool(expert.config["text_gains"]) == large
         expert.attach(llm)
         assert saturated(expert, llm, captions) == 0
@@ -491,6 +489,18 @@ def test_no_home(monkeypatch, tmp_path):
     assert user_cache() == tmp_path
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert user_cache().is_dir()
+
+
+def test_a_tokenizer_of_single_letters_is_refused(llm_folder):
+    """What transformers 5.17 makes of gemma's file; a tokenizer that knows the words is not."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llm_folder("llama"))
+    check_words(tokenizer)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["merges"] = []
+    without = tokenizers.Tokenizer.from_str(json.dumps(state))
+    letters = transformers.PreTrainedTokenizerFast(tokenizer_object=without)
+    with pytest.raises(ValueError, match="single letters.*requirements.txt"):
+        check_words(letters)
 
 
 def test_a_gguf_header_is_read_once(tmp_path):

@@ -9,9 +9,11 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 import sample
+import train
 from conftest import CPU, SMALL, random_expert, save_tiny_llm
 from extras.looking import Looking, open_picture
 from extras.thinking import Thinking, with_reading
+from inspection import fingerprint
 from llm import FrozenLLM, with_cache
 from loading import load_llm
 
@@ -156,6 +158,32 @@ def test_drawing_after_a_picture(vlm_folder, tmp_path):
         drawn.append(Image.open(tmp_path / name / "000-a-star-seed0.png"))
     difference = abs(np.asarray(drawn[0]).astype(int) - np.asarray(drawn[1]).astype(int))
     assert difference.max() > 0, "the picture before the prompt reaches the picture after it"
+
+
+@pytest.mark.parametrize("bridge", ["mot", "mirror"])
+def test_a_tower_beside_a_vlm_draws_and_describes(bridge, vlm_folder, tiny_run, tmp_path, capsys):
+    """LLaVAFusion (LMFusion, section 5.3): its own eyes stay, and another tower learns to draw, and
+    to show it pictures through its cache; the model's bytes are what they were."""
+    before = load_llm(str(vlm_folder), CPU, torch.float32).fingerprint
+    flags = ["--llm", str(vlm_folder), "--bridge", bridge, "--describe", "0.25", "--steps", "2"]
+    unused = ["--llm", "--out"] if bridge == "mot" else ["--llm", "--out", "--width", "--depth"]
+    rest = []
+    for flag, value in zip(tiny_run[::2], tiny_run[1::2]):
+        if flag not in unused:
+            rest += [flag, value]
+    run = train.prepare(*train.settings([*flags, *rest, "--out", str(tmp_path / "run")]))
+    train.train(run)
+    assert fingerprint(run.llm.model) == before == run.expert.made_for["llm_fingerprint"]
+
+    picture = tmp_path / "red.png"
+    RED.save(picture)
+    asked = ["--ckpt", str(tmp_path / "run"), "--device", "cpu", "--describe", str(picture)]
+    capsys.readouterr()
+    sample.main(asked)
+    assert f"{picture}: " in capsys.readouterr().out.splitlines()[-1]
+    look = ["--prompt", "a star", "--read", f"image:{picture}", "--steps", "2", "--device", "cpu"]
+    sample.main(["--ckpt", str(tmp_path / "run"), *look, "--out", str(tmp_path / "star.png")])
+    assert Image.open(tmp_path / "star.png").size == (16, 16)
 
 
 class PicturesOnly(transformers.Qwen2VLProcessor):
