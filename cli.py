@@ -26,6 +26,8 @@ from functools import lru_cache
 from pathlib import Path
 
 TRACEBACK = "FROZEN_LLM_TRACEBACK"  # the environment variable that brings the traceback back
+STOPS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a cluster sends before it kills
+UNTOUCHED = (signal.default_int_handler, signal.SIG_DFL)
 LONGEST = 600  # characters of an error's line: a compiler may say pages
 
 # --------------------------------------------------------------------------------------------------
@@ -34,9 +36,10 @@ LONGEST = 600  # characters of an error's line: a compiler may say pages
 
 def start() -> None:
     """From here on, while a command still imports its libraries, Ctrl-C and errors are one line."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # an exception would be lost in a library that catches all
-        signal.signal(signal.SIGINT, _stop_now)
+    for number in STOPS:
+        if signal.getsignal(number) in UNTOUCHED:
+            # an exception would be lost in a library that catches all
+            signal.signal(number, _stop_now)
     sys.excepthook = lambda kind, error, trace: sys.exit(report(error))
     threading.excepthook = lambda thread: report(thread.exc_value)
     warnings.formatwarning = lambda message, *where: f"{program()}: {flat(str(message))}\n"
@@ -44,9 +47,10 @@ def start() -> None:
 
 def one_line_errors(main: Callable[[], None]) -> None:
     """Run a command. What goes wrong is one line on stderr and status 2, whoever raised it."""
-    if signal.getsignal(signal.SIGINT) is _stop_now:
-        # from here on half-written files are put away first
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in STOPS:
+        if signal.getsignal(number) is _stop_now:
+            # from here on half-written files are put away first
+            signal.signal(number, _stop_soon)
     if hasattr(sys.stdout, "reconfigure"):
         # a terminal may not have the letters of a prompt
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -66,7 +70,7 @@ def report(error: BaseException) -> int:
     """Print an error's line; returns the exit status that goes with it."""
     status = 2
     if isinstance(error, KeyboardInterrupt):
-        status = 130
+        status = 128 + (error.args[0] if error.args else signal.SIGINT)
     elif isinstance(error, BrokenPipeError):
         status = 141
         _close_stdout()
@@ -122,8 +126,14 @@ def flat(text: str) -> str:
 
 
 OUT_OF_MEMORY = (
-    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory",
-    "unable to allocate", "alloc_failed", "bad_alloc", "size calculation overflowed",
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "unable to allocate",
+    "alloc_failed",
+    "bad_alloc",
+    "size calculation overflowed",
     "multiplication overflow",
 )
 
@@ -136,7 +146,29 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _stop_now(number, frame) -> None:
     os.write(2, f"{program()}: stopped\n".encode())  # print may be what was interrupted
-    os._exit(130)
+    os._exit(128 + number)
+
+
+def _stop_soon(number, frame) -> None:
+    raise KeyboardInterrupt(number)
+
+
+@contextmanager
+def stops_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the end of the block."""
+    waiting = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if waiting:
+        raise KeyboardInterrupt(waiting[0])
 
 
 def _close_stdout() -> None:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import checkpoint
 from assemble import LOOK_AHEAD, Run, prepare
-from cli import Locked, captioned_grid, one_line_errors, write_whole
+from cli import Locked, captioned_grid, one_line_errors, stops_wait, write_whole
 from flags import parse_args
 from llm import FrozenLLM
 from sample import draw, to_tensor
@@ -161,37 +161,55 @@ def train(run: Run, until: int | None = None) -> None:
 
 
 def train_loop(run: Run, until: int, progress: tqdm) -> None:
+    """Ctrl-C and SIGTERM are heard between two steps: what is done by then is saved."""
     started = time.perf_counter()
     args = run.args
     predict = torch.compile(run.expert) if args.compile else run.expert
     metrics = checkpoint.Metrics(run)
-    for captions, pictures in batches(run.source, run.llm, args.batch_size, args.draws, run.step):
-        losses, t, norm = train_step(run, predict, captions, pictures)
-        metrics.add(losses, t)
-        progress.update()
-        finished = run.step == until
-        saves = run.step % args.save_every == 0 or finished
-        if run.step % LOG_EVERY == 0 or saves:
-            progress.set_postfix_str(metrics.write(norm))
-        if saves:
-            checkpoint.save_run(run)
-        if run.step % args.sample_every == 0 or finished:
-            with metrics.paused():
-                grid = draw_samples(run)
-        if finished:
-            break
+    saved = run.step
+    try:
+        for captions, pictures in batches(
+            run.source, run.llm, args.batch_size, args.draws, run.step
+        ):
+            with stops_wait():
+                losses, t, norm = train_step(run, predict, captions, pictures)
+                metrics.add(losses, t)
+                progress.update()
+                finished = run.step == until
+                saves = run.step % args.save_every == 0 or finished
+                if run.step % LOG_EVERY == 0 or saves:
+                    progress.set_postfix_str(metrics.write(norm))
+                if saves:
+                    checkpoint.save_run(run)
+                    saved = run.step
+            if run.step % args.sample_every == 0 or finished:
+                with metrics.paused():
+                    grid = draw_samples(run)
+            if finished:
+                break
+    except KeyboardInterrupt:
+        progress.close()
+        if run.step > saved:
+            with stops_wait():
+                checkpoint.save_run(run)
+        if run.step:
+            print(f"saved at step {run.step} of {args.steps}: --resume --out {args.out} goes on")
+        raise
     progress.close()  # what is printed now stands below it
+    say_what_was_trained(run, metrics, time.perf_counter() - started, grid)
+
+
+def say_what_was_trained(run: Run, metrics: checkpoint.Metrics, seconds: float, grid: Path) -> None:
     skipped = getattr(run.source, "skipped", None)
     if skipped:
         print(f"pictures that did not decode and were skipped: {len(skipped)}")
     images_per_second, llm_share = metrics.speed()
-    minutes = (time.perf_counter() - started) / 60
     print(
         f"{images_per_second:.0f} images/s, the LLM took {llm_share:.0%} of the training time; "
-        f"{minutes:.1f} minutes, peak memory {checkpoint.peak_memory(run.device)}"
+        f"{seconds / 60:.1f} minutes, peak memory {checkpoint.peak_memory(run.device)}"
     )
     prompt = run.source.prompts[0]
-    now = f'python sample.py --ckpt {args.out} --prompt "{prompt}"'
+    now = f'python sample.py --ckpt {run.args.out} --prompt "{prompt}"'
     print(f"{grid} shows what it learned. Now: {now}")
 
 

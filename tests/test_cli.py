@@ -141,8 +141,22 @@ def test_control_c_while_working(capsys, from_a_terminal):
     assert status == 130 and told.endswith(": stopped\n") and len(told.splitlines()) == 1
 
 
+def test_a_stop_waits_for_the_end_of_a_block(from_a_terminal):
+    """One that is ignored, as in the background of a shell, stays so."""
+    done = []
+    with pytest.raises(KeyboardInterrupt) as stop, cli.stops_wait():
+        signal.raise_signal(signal.SIGTERM)
+        done.append("the block")
+    assert done == ["the block"] and stop.value.args == (signal.SIGTERM,)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with cli.stops_wait():
+        signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.slow
-def test_control_c_while_torch_is_imported(tmp_path, from_a_terminal):
+@pytest.mark.parametrize("number", cli.STOPS)
+def test_stopped_while_torch_is_imported(number, tmp_path, from_a_terminal):
     """The real process, stopped at a moment that Python itself tells: as it is importing torch's
     parts."""
     words = [sys.executable, "-X", "importtime", str(ROOT / "train.py")]
@@ -150,11 +164,11 @@ def test_control_c_while_torch_is_imported(tmp_path, from_a_terminal):
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
         if "torch._" in line:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     told = process.communicate(timeout=60)[1]
     lines = [line for line in told.splitlines() if not line.startswith("import time:")]
-    assert process.returncode == 130 and lines == ["train.py: stopped"], told
+    assert process.returncode == 128 + number and lines == ["train.py: stopped"], told
 
 
 def test_importing_a_command_changes_nothing_of_the_interpreter():

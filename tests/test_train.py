@@ -19,7 +19,7 @@ import assemble
 import checkpoint
 import sample
 import train
-from checkpoint import load_expert
+from checkpoint import load_expert, step_of_run
 from conftest import CPU
 from flow import flow_loss
 from inspection import fingerprint
@@ -150,6 +150,45 @@ def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path):
         for name in ("run", "whole")
     ]
     assert losses[0] == losses[1], "metrics.jsonl has every interval once"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_process_saves_its_step(number, tiny_run, tmp_path):
+    """Ctrl-C, and what a cluster sends, four times in one run, in steps and in sampling: each time
+    the step is saved, and in the end the run is the one that was left alone."""
+    flags = [*tiny_run, "--steps", "120", "--save-every", "1000", "--sample-every", "5"]
+    out = tmp_path / "run"
+    words, stopped = flags, []
+    for delay in (0.05, 0.3, 0.11, 0.2):
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "train.py", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(
+                number, signal.SIG_DFL
+            ),  # pytest may run in background
+        )
+        grids = len(list(out.glob("samples-*.png")))
+        while len(list(out.glob("samples-*.png"))) == grids and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(number)
+        said, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, errors
+        assert errors.splitlines()[-1] == "train.py: stopped"
+        step = step_of_run(str(out))
+        stopped.append(step)
+        assert said.splitlines()[-1].startswith(f"saved at step {step} of 120: --resume")
+        words = ["--resume", "--out", str(out)]
+    assert stopped == sorted(set(stopped)) and stopped[-1] < 120
+    train.main(words)
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    ours, theirs = (
+        load_file(tmp_path / name / "train_state.safetensors") for name in ("run", "whole")
+    )
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def _save_for_ever(run):
@@ -283,7 +322,10 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_run, llm_folder, t
         (["--data", tmp_path / "empty"], "holds no captioned picture"),
         (["--data", "emoji:one-object"], "--data emoji has no option 'one-object'"),
         (["--data", "shapes:variants"], "--data shapes has no option 'variants'"),
-        (["--data", "shapez"], "--data shapez: expected shapes, emoji, edits, or an existing folder"),
+        (
+            ["--data", "shapez"],
+            "--data shapez: expected shapes, emoji, edits, or an existing folder",
+        ),
         (["--template", "a picture"], "--template 'a picture': expected a text with one {}"),
         (["--read", "after"], "--read after: the template '{}' has no text after the caption"),
         (["--llm", "nobody/no-such-llm"], "--llm nobody/no-such-llm: "),
