@@ -308,8 +308,8 @@ def check_words(tokenizer) -> None:
     words = "the red circle"
     if len(tokenizer(words, add_special_tokens=False).input_ids) > len(words) / 2:
         raise ValueError(
-            f"transformers {transformers.__version__} makes a tokenizer of single letters from this "
-            "file; expected the version in requirements.txt: pip install -r requirements.txt"
+            f"transformers {transformers.__version__} makes of this file a tokenizer of single "
+            "letters; expected the version in requirements.txt: pip install -r requirements.txt"
         )
 
 

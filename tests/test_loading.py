@@ -499,7 +499,7 @@ def test_a_tokenizer_of_single_letters_is_refused(llm_folder):
     state["model"]["merges"] = []
     without = tokenizers.Tokenizer.from_str(json.dumps(state))
     letters = transformers.PreTrainedTokenizerFast(tokenizer_object=without)
-    with pytest.raises(ValueError, match="single letters.*requirements.txt"):
+    with pytest.raises(ValueError, match="of single letters.*requirements.txt"):
         check_words(letters)
 
 
