@@ -273,7 +273,8 @@ class Metrics:
         if self.path.exists():
             lines = self.path.read_text("utf-8", "replace").split("\n")
         kept = [f"{line}\n" for line in lines if step_of(line) <= run.step]
-        write_text(self.path, "".join(kept))
+        if run.rank == 0:
+            write_text(self.path, "".join(kept))
         self.first = run.step
         self.started = time.perf_counter()
         self.llm_before = run.llm.seconds
@@ -301,6 +302,11 @@ class Metrics:
         return images / seconds, (self.run.llm.seconds - self.llm_before) / seconds
 
     def write(self, norm: Tensor) -> str:
+        if self.run.ranks > 1:
+            from extras.parallel import sum_over_ranks
+
+            for counted in (self.sum, self.count):
+                sum_over_ranks(counted)
         images_per_second, llm_share = self.speed()
         loss = (self.sum.sum() / self.count.sum()).item()
         line = {
@@ -317,14 +323,18 @@ class Metrics:
         if self.run.lm_losses:
             line["lm_loss"] = torch.stack(self.run.lm_losses).mean().item()
             self.run.lm_losses.clear()
+        if self.run.rank == 0:
+            self.append(line)
+        self.sum.zero_()
+        self.count.zero_()
+        return f"loss {loss:.4f}, {images_per_second:.0f} images/s"
+
+    def append(self, line: dict) -> None:
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise OSError(f"{self.path} could not be written: {error}") from error
-        self.sum.zero_()
-        self.count.zero_()
-        return f"loss {loss:.4f}, {images_per_second:.0f} images/s"
 
 
 def step_of(line: str) -> float:

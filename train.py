@@ -5,6 +5,7 @@
     python train.py --data FOLDER --image-size 64      # your own captioned pictures
     python train.py --resume --out runs/shapes         # go on where a run stopped, bit for bit
     python train.py --from runs/shapes --data FOLDER   # a new run, from that one's weights
+    torchrun --nproc_per_node=8 train.py               # on eight GPUs (extras/parallel.py)
 
 Writes into --out: model.safetensors (the expert's EMA weights, config inside),
 train_state.safetensors (all that --resume needs), metrics.jsonl, and samples as PNG.
@@ -16,8 +17,10 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
     cli.start()
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +57,10 @@ def train_step(
     # killed goes on with the numbers it would have had. (On the CPU: the same on every device.)
     generator = step_generator(args.seed, run.step)
     data = to_tensor(pictures, run.device)  # (B, C, height, width) in [-1, 1]
-    noise = torch.randn(data.shape, generator=generator).to(run.device)
-    t = run.law(len(data), args.time_mean, TIME_STD, generator).to(run.device)  # (B,)
-    uniform = torch.rand(len(data), generator=generator)
+    count = len(data) * run.ranks  # of all processes, if there are several (extras/parallel.py)
+    noise = own(run, torch.randn(count, *data.shape[1:], generator=generator)).to(run.device)
+    t = own(run, run.law(count, args.time_mean, TIME_STD, generator)).to(run.device)  # (B,)
+    uniform = own(run, torch.rand(count, generator=generator))
 
     # The caption's context: keys and values that the frozen LLM has for it, from its cache. Some
     # pictures get the empty prompt instead; guidance will need to know what that draws.
@@ -76,6 +80,10 @@ def train_step(
     if run.tasks:
         loss = loss + run.tasks.loss(run)
     loss.backward()
+    if run.ranks > 1:
+        from extras.parallel import average_gradients
+
+        run.stopping = average_gradients(run.expert)
     norm = torch.nn.utils.clip_grad_norm_(run.expert.parameters(), LARGEST_GRADIENT)
     check_finite(run, loss.detach(), norm)
 
@@ -107,6 +115,11 @@ def check_finite(run: Run, loss: Tensor, norm: Tensor) -> None:
         )
 
 
+def own(run: Run, x: Tensor) -> Tensor:
+    """Of what all processes take together, (ranks B, ...), the part of this one, (B, ...)."""
+    return x.unflatten(0, (run.ranks, -1))[run.rank]
+
+
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The random generator of one step of one run. On a CPU torch keeps the low 32 bits of a seed:
     both are mixed into those."""
@@ -115,17 +128,27 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def batches(
-    source, llm: FrozenLLM, batch_size: int, draws: int, start: int
+    source,
+    llm: FrozenLLM,
+    batch_size: int,
+    draws: int,
+    start: int,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[tuple[list[str], np.ndarray]]:
     """Captions and pictures (B, size, size, 3) uint8 of each step from `start`; a batch depends on
-    the seed and the step alone. The LLM runs over the captions of many steps at once."""
-    per_step = batch_size // draws
+    the seed and the step alone, and has a part for each of the processes. The LLM runs over the
+    captions of many steps at once."""
+    of_all = batch_size // draws  # captions a step
+    per_step = of_all // ranks
     step_bytes = 3 * batch_size * source.image_size**2
     ahead = max(1, min(LOOK_AHEAD, int(LOOK_AHEAD_BYTES / step_bytes)))
     step = start
     while True:
         end = (step // ahead + 1) * ahead  # a resumed run cuts the same windows
-        examples = [source.example(i, draws) for i in range(step * per_step, end * per_step)]
+        examples = []
+        for first in range(step * of_all + rank * per_step, end * of_all, of_all):
+            examples += [source.example(i, draws) for i in range(first, first + per_step)]
         if llm.frozen and not getattr(source, "before_and_after", False):
             llm.lookup([caption for caption, _ in examples])
         for i in range(0, len(examples), per_step):
@@ -150,12 +173,11 @@ def train(run: Run, until: int | None = None) -> None:
             f"{args.out} stands at step {run.step} of {args.steps}: nothing left to do; "
             "--steps N goes further"
         )
-    with Locked(args.out):
-        if not run.step:
+    with nullcontext() if run.rank else Locked(args.out):
+        if not run.step and not run.rank:
             checkpoint.refuse_overwriting(args.out)  # another process may have been there meanwhile
-        progress = tqdm(
-            total=args.steps, initial=run.step, unit="step", mininterval=1, dynamic_ncols=True
-        )
+        bar = {"unit": "step", "mininterval": 1, "dynamic_ncols": True, "disable": run.rank > 0}
+        progress = tqdm(total=args.steps, initial=run.step, **bar)
         with progress:  # closed whatever happens, so that an error's line stands below it
             train_loop(run, until or args.steps, progress)
 
@@ -167,11 +189,13 @@ def train_loop(run: Run, until: int, progress: tqdm) -> None:
     predict = torch.compile(run.expert) if args.compile else run.expert
     metrics = checkpoint.Metrics(run)
     saved = run.step
+    first = run.rank == 0  # it writes for all
+    size = (args.batch_size, args.draws)
     try:
         for captions, pictures in batches(
-            run.source, run.llm, args.batch_size, args.draws, run.step
+            run.source, run.llm, *size, run.step, run.rank, run.ranks
         ):
-            with stops_wait():
+            with stops_wait() if run.ranks == 1 else nullcontext():
                 losses, t, norm = train_step(run, predict, captions, pictures)
                 metrics.add(losses, t)
                 progress.update()
@@ -179,24 +203,27 @@ def train_loop(run: Run, until: int, progress: tqdm) -> None:
                 saves = run.step % args.save_every == 0 or finished
                 if run.step % LOG_EVERY == 0 or saves:
                     progress.set_postfix_str(metrics.write(norm))
-                if saves:
+                if saves and first:
                     checkpoint.save_run(run)
                     saved = run.step
-            if run.step % args.sample_every == 0 or finished:
+            if run.stopping:
+                raise KeyboardInterrupt(run.stopping)
+            if (run.step % args.sample_every == 0 or finished) and first:
                 with metrics.paused():
                     grid = draw_samples(run)
             if finished:
                 break
     except KeyboardInterrupt:
         progress.close()
-        if run.step > saved:
+        if run.step > saved and first:
             with stops_wait():
                 checkpoint.save_run(run)
         if run.step:
             print(f"saved at step {run.step} of {args.steps}: --resume --out {args.out} goes on")
         raise
     progress.close()  # what is printed now stands below it
-    say_what_was_trained(run, metrics, time.perf_counter() - started, grid)
+    if first:
+        say_what_was_trained(run, metrics, time.perf_counter() - started, grid)
 
 
 def say_what_was_trained(run: Run, metrics: checkpoint.Metrics, seconds: float, grid: Path) -> None:
@@ -236,8 +263,13 @@ def settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    rank, ranks = 0, 1
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun has started several
+        from extras.parallel import join
+
+        rank, ranks = join()
     args, metadata, tensors = settings(argv)
-    train(prepare(args, metadata, tensors))
+    train(prepare(args, metadata, tensors, rank, ranks))
 
 
 if __name__ == "__main__":

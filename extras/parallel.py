@@ -1,0 +1,69 @@
+"""Several processes train one expert, each on its own part of every batch (data parallel).
+
+    torchrun --nproc_per_node=8 train.py --batch-size 512
+
+Every process has the expert and the LLM; the gradients are averaged, so all take the same step. The
+batch is what --batch-size says, and data and noise of a step depend on the seed and the step alone:
+1, 2 and 8 processes give the same run, but for the rounding of sums (and for which pictures are
+described: --describe takes its share of each process's part). The first writes, the others are
+silent. A run goes on with another number of processes.
+"""
+
+import atexit
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cli import STOPS
+
+ASKED: list[int] = []  # signals to stop that this process has had
+PATIENCE = timedelta(hours=1)  # the first one draws samples while the others wait
+
+
+def join() -> tuple[int, int]:
+    """Meet the other processes that torchrun has started -> this one's rank, and how many there
+    are."""
+    rank = int(os.environ["RANK"])
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    atexit.register(dist.destroy_process_group)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    for number in STOPS:
+        signal.signal(number, lambda number, frame: ASKED.append(number))
+    return rank, dist.get_world_size()
+
+
+@torch.no_grad()
+def average_gradients(model: nn.Module) -> int:
+    """Replace each gradient by its mean over the processes. -> the signal that one of them has had,
+    or 0: so all stop after the same step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    asked = parameters[0].new_tensor([float(bool(ASKED))], dtype=torch.float32)
+    together = torch.cat([p.grad.float().flatten() for p in parameters] + [asked])
+    dist.all_reduce(together)
+    *sums, stops = together.split([p.numel() for p in parameters] + [1])
+    for p, total in zip(parameters, sums):
+        p.grad.copy_(total.view_as(p) / dist.get_world_size())
+    return int(signal.SIGTERM) if stops.item() else 0
+
+
+def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """x of all processes together, in place. -> x"""
+    if dist.get_backend() == "nccl":
+        on_gpu = x.cuda()
+        dist.all_reduce(on_gpu)
+        return x.copy_(on_gpu)
+    dist.all_reduce(x)
+    return x

@@ -1,0 +1,94 @@
+"""Several processes (gloo, on this machine) train the same run as one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from checkpoint import step_of_run
+from test_cli import refusal
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+def start(ranks: int, *flags) -> subprocess.Popen:
+    words = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    words += ["--standalone", ROOT / "train.py", *flags]
+    return subprocess.Popen(
+        [str(word) for word in words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def finished(process: subprocess.Popen) -> str:
+    said, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return said
+
+
+def state_of(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "train_state.safetensors")
+
+
+def losses_of(out: Path) -> list[tuple[int, float]]:
+    lines = map(json.loads, (out / "metrics.jsonl").open())
+    return [(line["step"], line["loss"], line["images"]) for line in lines]
+
+
+@pytest.mark.parametrize("task", [[], ["--data", "edits"], ["--bridge", "metaqueries:queries=4"]])
+def test_two_processes_have_the_gradients_of_one(task, tiny_run, tmp_path):
+    """Of the joined batch, in float32: what the optimizers keep after a step is the gradient."""
+    flags = [*tiny_run, *task, "--steps", "1"]
+    said = finished(start(2, *flags, "--out", tmp_path / "two"))
+    assert said.count("device cpu") == 1, "one of them speaks"
+    train.main([*flags, "--out", str(tmp_path / "one")])
+    one = state_of(tmp_path / "one")
+    two = state_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    kept = [name for name in one if name.startswith(("exp_avg.", "momentum_buffer."))]
+    size = max(one[name].abs().max() for name in kept)
+    error = max((one[name] - two[name]).abs().max() for name in kept)
+    assert len(kept) > 10 and error < 1e-6 * max(1, size), f"{error:.1e} of {size:.1e}"
+
+
+def test_a_run_goes_on_with_more_processes(tiny_run, tmp_path):
+    """With the data and the noise that it would have had."""
+    flags = [*tiny_run, "--steps", "10", "--save-every", "5", "--sample-every", "100"]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    cut = [*flags, "--out", str(tmp_path / "cut")]
+    train.train(train.prepare(*train.settings(cut)), until=5)
+    finished(start(2, "--resume", "--out", tmp_path / "cut"))
+    for ours, theirs in zip(
+        losses_of(tmp_path / "cut"), losses_of(tmp_path / "whole"), strict=True
+    ):
+        assert ours == pytest.approx(theirs, rel=1e-4), "a loss of other data is another"
+
+
+def test_all_stop_after_the_same_step(tiny_run, tmp_path):
+    out = tmp_path / "run"
+    process = start(2, *tiny_run, "--steps", "100000", "--sample-every", "5")
+    while not list(out.glob("samples-*.png")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on
+    said, errors = process.communicate(timeout=60)
+    step = step_of_run(str(out))
+    assert f"saved at step {step} of 100000" in said, errors
+    assert errors.count("train.py: stopped") == 2
+
+
+def test_a_batch_that_does_not_divide_is_refused(tiny_run, capsys):
+    args, metadata, tensors = train.settings(tiny_run)  # 8 pictures, 4 of each caption
+    said = refusal(capsys, lambda argv: train.prepare(args, metadata, tensors, 0, 3), *tiny_run)
+    assert "expected a multiple of --draws 4 times the 3 processes" in said
