@@ -53,16 +53,9 @@ class Run:
     stopping: int = 0  # the signal that one of them has had
 
 
-def prepare(
-    args: argparse.Namespace, metadata: dict, tensors: dict, rank: int = 0, ranks: int = 1
-) -> Run:
+def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     """Load or build all parts, and print what they are. metadata and tensors: the stored run to go
-    on with, or empty. rank, ranks: of several processes, which one this is."""
-    if args.batch_size // args.draws % ranks:
-        raise ValueError(
-            f"--batch-size {args.batch_size}: expected a multiple of --draws {args.draws} times "
-            f"the {ranks} processes"
-        )
+    on with, or empty."""
     device, why_device = pick_device(args.device)
     dtype, why_dtype = pick_dtype(args.dtype, device)
     print(f"device {device} ({why_device}); {dtype} ({why_dtype}); seed {args.seed}", flush=True)
@@ -113,8 +106,6 @@ def prepare(
     optimizers = build_optimizers(expert, args.lr, args.weight_decay)
     towers = (llm, expert, ema_llm, ema)
     run = Run(args, source, *towers, optimizers, device, dtype, data_identity, tasks=tasks)
-    run.rank = rank
-    run.ranks = ranks
     set_objective(run)
     if metadata:
         checkpoint.load_run(run, metadata, tensors)

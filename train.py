@@ -80,12 +80,7 @@ def train_step(
     if run.tasks:
         loss = loss + run.tasks.loss(run)
     loss.backward()
-    if run.ranks > 1:
-        from extras.parallel import average_gradients
-
-        run.stopping = average_gradients(run.expert)
-    norm = torch.nn.utils.clip_grad_norm_(run.expert.parameters(), LARGEST_GRADIENT)
-    check_finite(run, loss.detach(), norm)
+    norm = finish_gradients(run, loss.detach())
 
     # The update: the learning rate warms up, then decays linearly to zero.
     warm_up = (run.step + 1) / args.warmup
@@ -105,14 +100,21 @@ def train_step(
     return losses.detach(), t, norm
 
 
-def check_finite(run: Run, loss: Tensor, norm: Tensor) -> None:
-    """FloatingPointError if one of the two is not."""
+def finish_gradients(run: Run, loss: Tensor) -> Tensor:
+    """Average them over the processes, if there are several, and clip them. -> their norm;
+    FloatingPointError if it or the loss is not finite."""
+    if run.ranks > 1:
+        from extras.parallel import average_gradients
+
+        run.stopping = average_gradients(run.expert)
+    norm = torch.nn.utils.clip_grad_norm_(run.expert.parameters(), LARGEST_GRADIENT)
     if not torch.isfinite(loss + norm):
         raise FloatingPointError(
             f"the loss is not finite at step {run.step + 1} (loss {loss:.3g}, gradient norm "
             f"{norm:.3g}); what {run.args.out} holds is from before: resume it, or start another "
             "with a lower --lr"
         )
+    return norm
 
 
 def own(run: Run, x: Tensor) -> Tensor:
@@ -263,13 +265,16 @@ def settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    args, metadata, tensors = settings(argv)
     rank, ranks = 0, 1
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun has started several
         from extras.parallel import join
 
-        rank, ranks = join()
-    args, metadata, tensors = settings(argv)
-    train(prepare(args, metadata, tensors, rank, ranks))
+        rank, ranks = join(args)
+    run = prepare(args, metadata, tensors)
+    run.rank = rank
+    run.ranks = ranks
+    train(run)
 
 
 if __name__ == "__main__":

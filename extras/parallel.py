@@ -9,6 +9,7 @@ described: --describe takes its share of each process's part). The first writes,
 silent. A run goes on with another number of processes.
 """
 
+import argparse
 import atexit
 import os
 import signal
@@ -25,9 +26,15 @@ ASKED: list[int] = []  # signals to stop that this process has had
 PATIENCE = timedelta(hours=1)  # the first one draws samples while the others wait
 
 
-def join() -> tuple[int, int]:
+def join(args: argparse.Namespace) -> tuple[int, int]:
     """Meet the other processes that torchrun has started -> this one's rank, and how many there
-    are."""
+    are. ValueError if a batch has no equal part for each."""
+    ranks = int(os.environ["WORLD_SIZE"])
+    if args.batch_size // args.draws % ranks:
+        raise ValueError(
+            f"--batch-size {args.batch_size}: expected a multiple of --draws {args.draws} times "
+            f"the {ranks} processes"
+        )
     rank = int(os.environ["RANK"])
     backend = "gloo"
     if torch.cuda.is_available():
@@ -35,11 +42,11 @@ def join() -> tuple[int, int]:
         backend = "nccl"
     dist.init_process_group(backend, timeout=PATIENCE)
     atexit.register(dist.destroy_process_group)
-    if rank:
-        sys.stdout = open(os.devnull, "w")
     for number in STOPS:
         signal.signal(number, lambda number, frame: ASKED.append(number))
-    return rank, dist.get_world_size()
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    return rank, ranks
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_cli import refusal
 
 import train
 from checkpoint import step_of_run
-from test_cli import refusal
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -88,7 +88,7 @@ def test_all_stop_after_the_same_step(tiny_run, tmp_path):
     assert errors.count("train.py: stopped") == 2
 
 
-def test_a_batch_that_does_not_divide_is_refused(tiny_run, capsys):
-    args, metadata, tensors = train.settings(tiny_run)  # 8 pictures, 4 of each caption
-    said = refusal(capsys, lambda argv: train.prepare(args, metadata, tensors, 0, 3), *tiny_run)
+def test_a_batch_that_does_not_divide_is_refused(tiny_run, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    said = refusal(capsys, train.main, *tiny_run)  # 8 pictures, 4 of each caption
     assert "expected a multiple of --draws 4 times the 3 processes" in said
