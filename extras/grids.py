@@ -32,12 +32,14 @@ def picture_table(blocks: list[tuple[str, dict[str, list[Cell]]]]) -> Image.Imag
     # as wide as the longest line, as high as the block with the most lines
     columns = 0
     rows = 0
+    height = 0  # of the highest picture
     for _, lines in blocks:
         for line in lines.values():
             columns = max(columns, len(line))
+            height = max([height, *(fitted(picture).height for picture, _, _ in line)])
         rows = max(rows, len(lines))
     block_width = columns * COLUMN + 16
-    row_height = TITLE_HEIGHT + 2 * GAP + SIDE + TEXT_HEIGHT
+    row_height = TITLE_HEIGHT + 2 * GAP + height + TEXT_HEIGHT
     size = (GAP + block_width * len(blocks), TITLE_HEIGHT + rows * row_height)
     image = Image.new("RGB", size, "white")
     ink = ImageDraw.Draw(image)
@@ -49,11 +51,11 @@ def picture_table(blocks: list[tuple[str, dict[str, list[Cell]]]]) -> Image.Imag
             top = TITLE_HEIGHT + r * row_height
             ink.text((left, top), title, fill=GREY, font=caption_font(title, 12))
             for c, cell in enumerate(line):
-                _paste_cell(image, left + c * COLUMN, top + TITLE_HEIGHT, cell)
+                _paste_cell(image, left + c * COLUMN, top + TITLE_HEIGHT, height, cell)
     return image
 
 
-def _paste_cell(image: Image.Image, x: int, y: int, cell: Cell) -> None:
+def _paste_cell(image: Image.Image, x: int, y: int, height: int, cell: Cell) -> None:
     picture, text, right = cell
     ink = ImageDraw.Draw(image)
     enlarged = fitted(picture)
@@ -61,7 +63,7 @@ def _paste_cell(image: Image.Image, x: int, y: int, cell: Cell) -> None:
         frame = (x, y, x + enlarged.width + 5, y + enlarged.height + 5)
         ink.rectangle(frame, fill=GREEN if right else RED)
     image.paste(enlarged, (x + 3, y + 3))
-    write_small(ink, (x, y + SIDE + 8), text, COLUMN - 6, lines=3)
+    write_small(ink, (x, y + height + 8), text, COLUMN - 6, lines=3)
 
 
 def fitted(picture: np.ndarray) -> Image.Image:
