@@ -325,6 +325,22 @@ def mirror() -> list[list[str]]:
     return rows
 
 
+def separation() -> list[list[str]]:
+    rows = []
+    for run in read("lmfusion")["separation"].values():
+        row = []
+        for kind, digits in (("loss", 3), ("lm_loss", 2)):
+            for step in ("200", "300"):
+                loss = run[kind].get(step)
+                row.append("" if loss is None else f"{loss:.{digits}f}")
+        after = run.get("perplexity after", run["perplexity before"])
+        said = ", ".join(f"{value:,.0f}" for value in after.values())
+        if "perplexity after" in run:
+            said += f" (step {run['perplexity at step']})"
+        rows.append([*row, said])
+    return rows
+
+
 RACERS = ("kv", "mot", "hsi", "lap", "last", "metaqueries:queries=16", "dense")
 
 
@@ -414,6 +430,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("RESULTS.md", "Which U-Net?"): [equal_time, unets, agreement],
     ("RESULTS.md", "What does the sampler decide?"): [samplers],
     ("RESULTS.md", "Should the network predict the clean picture or the velocity?"): [prediction],
+    ("RESULTS.md", "What does LMFusion add, and does its advice hold?"): [separation],
     ("RESULTS.md", "Does the LLM's knowledge reach the picture?"): [suites, each_language],
     ("RESULTS.md", "Does the LLM not know it, or does the expert not hear it?"): [probe],
     ("RESULTS.md", "Does it hold for real pictures?"): [emoji],
