@@ -9,9 +9,8 @@ shapes, colours, counts, and where things stand, if it says so. No network judge
 """
 
 import argparse
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,13 +34,12 @@ from evaluate import Grade, LoadedRun
 from extras.caption_grammar import scene_of
 from extras.files import read_picture
 from extras.lmfusion import LINE, Sequence, after_pictures, logits_of
-from extras.suites import Prompt, is_in, read_suite
+from extras.suites import Prompt, is_in
 from extras.tables import compare, print_suite, sheet, summarize
 from llm import FrozenLLM
 from model import ImageExpert
 from sample import to_tensor
 
-BEGINNINGS = Path(__file__).parent.parent / "assets" / "describe" / "beginnings.json"
 AT_ONCE = 32  # pictures that are described as one batch
 
 
@@ -142,6 +140,10 @@ def why_wrong(said: str, things: list[Thing]) -> str | None:
     return None
 
 
+def why_not_of(said: str, shown: "Shown") -> str | None:
+    return why_wrong(said, shown.things)
+
+
 def stands(scene: Scene, things: list[Thing]) -> bool:
     """Whether the first group stands as the relation says, seen from the second: by what separates
     the two most."""
@@ -167,15 +169,14 @@ SUITE = {  # row -> how many things of each kind, and which colours
 
 @dataclass(frozen=True)
 class Shown:
-    """A scene of a suite, drawn: its things, and the picture (side, side, 3) uint8. Of a row in
-    another language: how its description begins, and what must stand in it."""
+    """A scene of a suite, drawn: its things, the picture (side, side, 3) uint8, and how its
+    description begins."""
 
     row: str
     scene: Scene
     things: list[Thing]
     picture: np.ndarray
     beginning: str = ""
-    words: str = ""
 
 
 def read_describe_suite(
@@ -203,25 +204,6 @@ def read_describe_suite(
     return shown
 
 
-def read_languages_suite(
-    side: int, limit: int | None, only: list[str] | None, half: str
-) -> list[Shown]:
-    """The single things of the suite `languages`, drawn: each language a row, whose descriptions
-    begin in it. Right is one with the words that the suite itself has for the scene."""
-    beginnings = json.loads(BEGINNINGS.read_text("utf-8"))
-    shown = []
-    for prompt in read_suite("languages", limit, only, one=True, half=half):
-        rng = np.random.default_rng([2026, int(prompt.scene_id, 16)])
-        things = lay_out(prompt.scene, rng)
-        picture = draw_things(things, side)
-        words = (beginnings[prompt.row], prompt.text)
-        shown.append(Shown(prompt.row, prompt.scene, things, picture, *words))
-    return shown
-
-
-READERS = {"describe": read_describe_suite, "describe-languages": read_languages_suite}
-
-
 def prompt_of(shown: Shown, said: str) -> Prompt:
     """What was said of a scene, in the place of a prompt."""
     return Prompt(shown.row, said, shown.scene)
@@ -231,18 +213,24 @@ def evaluate_describing(
     suite: str, args: argparse.Namespace, runs: list[LoadedRun]
 ) -> dict[str, dict]:
     """Score, print and picture a suite of one run, or of two side by side. -> run -> scores"""
+    from extras.described_languages import read_languages_suite, why_not_in
+
+    if suite == "describe-languages":
+        read, judge = read_languages_suite, why_not_in
+    else:
+        read, judge = read_describe_suite, why_not_of
     results = {}
     graded = []
     for run, name in zip(runs, ("evaluate", "versus")):
-        shown = READERS[suite](run.expert.image_size, args.limit, args.rows, args.half)
+        shown = read(run.expert.image_size, args.limit, args.rows, args.half)
         pictures = np.stack([one.picture for one in shown])
         beginnings = [one.beginning for one in shown]
         said = describe_all(run.expert, run.llm, pictures, beginnings=beginnings)
         prompts = list(map(prompt_of, shown, said))
-        grades = [grade_of(text, one) for text, one in zip(said, shown)]
+        grades = [Grade(judge(text, one), None, None) for text, one in zip(said, shown)]
         results[run.name] = summarize(suite, prompts, grades)
         results[run.name]["said"] = said
-        for row, share in chance_of(shown, said).items():
+        for row, share in chance_of(judge, shown, said).items():
             results[run.name]["rows"][row]["chance"] = share
         graded.append(grades)
         picture = sheet(prompts, [(run.name, pictures, grades)])
@@ -254,26 +242,13 @@ def evaluate_describing(
     return results
 
 
-def grade_of(said: str, shown: Shown) -> Grade:
-    return Grade(reason_of(said, shown), None, None)
-
-
-def reason_of(said: str, shown: Shown) -> str | None:
-    """Why a description is wrong, None if it is right."""
-    if not shown.words:
-        return why_wrong(said, shown.things)
-    if shown.words.casefold() in said.casefold():
-        return None
-    return "in English" if scene_of(said) else "other words"
-
-
-def chance_of(shown: list[Shown], said: list[str]) -> dict[str, float]:
+def chance_of(judge: Callable, shown: list[Shown], said: list[str]) -> dict[str, float]:
     """row -> the share that would be right of the next picture of the row."""
     right: dict[str, list[bool]] = {}
     for i, one in enumerate(shown):
         for other in shown[i + 1 :] + shown[:i]:
             if other.row == one.row:
-                right.setdefault(one.row, []).append(reason_of(said[i], other) is None)
+                right.setdefault(one.row, []).append(judge(said[i], other) is None)
                 break
     return {row: float(np.mean(passed)) for row, passed in right.items()}
 

@@ -20,17 +20,13 @@ from checkpoint import load_expert
 from conftest import CPU
 from data import COLORS, Scene, Shapes, Thing
 from extras.caption_grammar import names_colors, scene_of
-from extras.describing import (
-    BEGINNINGS,
-    describe,
-    read_languages_suite,
-    reason_of,
-    why_wrong,
-)
+from extras.described_languages import LANGUAGES, read_languages_suite, why_not_in
+from extras.describing import describe, why_wrong
 from extras.joint import run_with_attention
 from extras.lmfusion import Sequence, caption_loss, interleave, logits_of
 from extras.lmfusion_training import Tasks, check_plain_attention
 from extras.mirror import MirrorTower
+from extras.suites import read_suite
 from llm import FrozenLLM
 from model import ImageExpert
 
@@ -282,16 +278,29 @@ def test_pictures_are_described_each_as_if_alone(kind, tiny_llm):
 
 
 def test_a_description_in_another_language():
-    """Right with the words of the suite for its scene, after a beginning that it has for each
-    language."""
+    """Right with the colour's word of that language, and of no other colour; the suite's own
+    captions are, and no caption of another colour or of English."""
     shown = read_languages_suite(16, None, None, "both")
-    rows = {one.row for one in shown}
-    assert rows == set(json.loads(BEGINNINGS.read_text("utf-8"))) and len(rows) == 22
-    one = next(one for one in shown if one.words == "un triangolo verde")
-    assert one.beginning == "Una foto di"
-    assert reason_of("Una foto di un triangolo verde, grande", one) is None
-    assert reason_of("Una foto di un triangolo rosso", one) == "other words"
-    assert reason_of("Una foto di a green triangle", one) == "in English"
+    languages = json.loads(LANGUAGES.read_text("utf-8"))
+    assert {one.row for one in shown} == set(languages) and len(languages) == 22
+    prompts = {}
+    for prompt in read_suite("languages", one=True):
+        prompts.setdefault(prompt.row, {})[prompt.scene_id] = prompt
+    same_in_english = 0
+    for one in shown:
+        color = one.scene.groups[0].color
+        if not languages[one.row]["colors"][color]:
+            same_in_english += 1
+            continue
+        for prompt in prompts[one.row].values():
+            why = why_not_in(f"{one.beginning} {prompt.text}", one)
+            assert (why is None) == (prompt.scene.groups[0].color == color), prompt.text
+        if one.row != "English":
+            assert why_not_in(f"{one.beginning} a {color} ring", one) == "in English"
+    assert same_in_english < 10
+    italian = next(one for one in shown if one.row == "Italian")
+    assert why_not_in("Una foto di un", italian) == "no color"
+    assert why_not_in("Una foto di verde e rosso", italian) == "another color"
 
 
 def test_what_has_no_room_is_cut(tiny_llm):
