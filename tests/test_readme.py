@@ -154,7 +154,9 @@ def test_command(command, workplace, terminal):
         assert made_for["llm"]
         assert made_for["llm_revision"] == ("0" * 40 if "--llm" in words else None)
         assert list((workplace / made).glob("samples-*.png"))
-    if words[0] == "sample.py" and ":geneval" not in command:
+    if "--describe" in words and words[0] == "sample.py":
+        assert "photo.png: " in out.splitlines()[-1]
+    elif words[0] == "sample.py" and ":geneval" not in command:
         written = [line for line in out.splitlines()[1:] if " -> " in line]  # by the LLM
         files = [line for line in out.splitlines()[1:] if " -> " not in line]
         assert written or not re.search("--read (think|rewrite)", command)

@@ -36,6 +36,12 @@ def sure(entry: dict) -> str:
     return f"{entry['score']:.2f} ({low:.2f} to {high:.2f})"
 
 
+def apart(entry: dict) -> str:
+    """A difference and its 95 % interval."""
+    low, high = entry["interval"]
+    return f"{entry['score']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
 def rank(entry: dict, median: bool = True) -> str:
     """Of ranks: the share of the first places, of the first five, the median."""
     text = f"{share(entry['top 1'])} ({share(entry['top 5'])})"
@@ -109,9 +115,8 @@ def control() -> list[list[str]]:
     second = read("control")["random"]
     rows = []
     for suite, scores in first.items():
-        low, high = scores["difference"]["mean"]["interval"]
-        apart = f"{scores['difference']['mean']['score']:+.2f} ({low:+.2f} to {high:+.2f})"
-        rows.append([sure(scores["mean"]), sure(second[suite]["mean"]), apart])
+        difference = apart(scores["difference"]["mean"])
+        rows.append([sure(scores["mean"]), sure(second[suite]["mean"]), difference])
     return rows
 
 
@@ -325,6 +330,19 @@ def mirror() -> list[list[str]]:
     return rows
 
 
+def describing() -> list[list[str]]:
+    first = read("lmfusion")["describe"]["pretrained"]
+    second = read("lmfusion")["describe"]["random"]
+    lines = []
+    for row in first["describe"]["rows"]:
+        lines.append([suite["describe"]["rows"][row] for suite in (first, second)])
+        lines[-1].append(first["describe"]["difference"][row])
+    spoken = "describe-languages"
+    lines.append([first[spoken]["mean"], second[spoken]["mean"]])
+    lines[-1].append(first[spoken]["difference"]["mean"])
+    return [[sure(a), sure(b), apart(c), str(a["n"])] for a, b, c in lines]
+
+
 def separation() -> list[list[str]]:
     rows = []
     for run in read("lmfusion")["separation"].values():
@@ -430,7 +448,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("RESULTS.md", "Which U-Net?"): [equal_time, unets, agreement],
     ("RESULTS.md", "What does the sampler decide?"): [samplers],
     ("RESULTS.md", "Should the network predict the clean picture or the velocity?"): [prediction],
-    ("RESULTS.md", "What does LMFusion add, and does its advice hold?"): [separation],
+    ("RESULTS.md", "What does LMFusion add, and does its advice hold?"): [describing, separation],
     ("RESULTS.md", "Does the LLM's knowledge reach the picture?"): [suites, each_language],
     ("RESULTS.md", "Does the LLM not know it, or does the expert not hear it?"): [probe],
     ("RESULTS.md", "Does it hold for real pictures?"): [emoji],
