@@ -41,12 +41,17 @@ def join(args: argparse.Namespace) -> tuple[int, int]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "nccl"
     dist.init_process_group(backend, timeout=PATIENCE)
-    atexit.register(dist.destroy_process_group)
+    atexit.register(leave)
     for number in STOPS:
         signal.signal(number, lambda number, frame: ASKED.append(number))
     if rank:
         sys.stdout = open(os.devnull, "w")
     return rank, ranks
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @torch.no_grad()

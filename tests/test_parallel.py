@@ -1,11 +1,16 @@
 """Several processes (gloo, on this machine) train the same run as one."""
 
+import io
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -20,22 +25,34 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
 
-def start(ranks: int, *flags) -> subprocess.Popen:
-    words = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    words += ["--standalone", ROOT / "train.py", *flags]
-    return subprocess.Popen(
-        [str(word) for word in words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def work(rank: int, port: int, flags: list[str]) -> None:
+    """What one of two processes does that torchrun has started."""
+    place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    with redirect_stdout(io.StringIO()) as out:
+        own = sys.stdout
+        train.main(flags)
+        sys.stdout = own
+    torch.distributed.destroy_process_group()
+    assert (out.getvalue() == "") == (rank == 1), "the first one speaks"
 
 
-def finished(process: subprocess.Popen) -> str:
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return said
+@pytest.fixture(scope="module")
+def two_processes():
+    """flags -> train.py in two processes, which stay for the next one."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as first, ProcessPoolExecutor(1, spawn) as second:
+
+        def run(*flags) -> None:
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                port = free.getsockname()[1]
+            words = [str(flag) for flag in flags]
+            jobs = [pool.submit(work, k, port, words) for k, pool in enumerate((first, second))]
+            for job in jobs:
+                job.result(timeout=120)
+
+        yield run
 
 
 def state_of(out: Path) -> dict[str, torch.Tensor]:
@@ -48,11 +65,10 @@ def losses_of(out: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("task", [[], ["--data", "edits"], ["--bridge", "metaqueries:queries=4"]])
-def test_two_processes_have_the_gradients_of_one(task, tiny_run, tmp_path):
+def test_two_processes_have_the_gradients_of_one(task, two_processes, tiny_run, tmp_path):
     """Of the joined batch, in float32: what the optimizers keep after a step is the gradient."""
     flags = [*tiny_run, *task, "--steps", "1"]
-    said = finished(start(2, *flags, "--out", tmp_path / "two"))
-    assert said.count("device cpu") == 1, "one of them speaks"
+    two_processes(*flags, "--out", tmp_path / "two")
     train.main([*flags, "--out", str(tmp_path / "one")])
     one = state_of(tmp_path / "one")
     two = state_of(tmp_path / "two")
@@ -63,13 +79,13 @@ def test_two_processes_have_the_gradients_of_one(task, tiny_run, tmp_path):
     assert len(kept) > 10 and error < 1e-6 * max(1, size), f"{error:.1e} of {size:.1e}"
 
 
-def test_a_run_goes_on_with_more_processes(tiny_run, tmp_path):
+def test_a_run_goes_on_with_more_processes(two_processes, tiny_run, tmp_path):
     """With the data and the noise that it would have had."""
     flags = [*tiny_run, "--steps", "10", "--save-every", "5", "--sample-every", "100"]
     train.main([*flags, "--out", str(tmp_path / "whole")])
     cut = [*flags, "--out", str(tmp_path / "cut")]
     train.train(train.prepare(*train.settings(cut)), until=5)
-    finished(start(2, "--resume", "--out", tmp_path / "cut"))
+    two_processes("--resume", "--out", tmp_path / "cut")
     for ours, theirs in zip(
         losses_of(tmp_path / "cut"), losses_of(tmp_path / "whole"), strict=True
     ):
@@ -77,8 +93,17 @@ def test_a_run_goes_on_with_more_processes(tiny_run, tmp_path):
 
 
 def test_all_stop_after_the_same_step(tiny_run, tmp_path):
+    """Through torchrun itself."""
     out = tmp_path / "run"
-    process = start(2, *tiny_run, "--steps", "100000", "--sample-every", "5")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words += [ROOT / "train.py", *tiny_run, "--steps", "100000", "--sample-every", "5"]
+    process = subprocess.Popen(
+        [str(word) for word in words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     while not list(out.glob("samples-*.png")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)  # torchrun hands it on
