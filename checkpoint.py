@@ -45,7 +45,7 @@ def save_run(run) -> None:
     for name, buffer in run.expert.state_dict().items():
         tensors[f"expert.{name}"] = buffer
     for name, p in run.expert.named_parameters():
-        for key, value in moments[p].items():
+        for key, value in moments.get(p, {}).items():  # none, if it never had a gradient
             tensors[f"{key}.{name}"] = value
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     metadata = {

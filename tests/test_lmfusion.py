@@ -385,6 +385,18 @@ def test_a_run_that_describes(tiny_run, tmp_path, capsys):
     assert (tmp_path / "both" / "partial" / "evaluate-describe.png").exists()
 
 
+def test_a_run_goes_on_that_had_nothing_to_describe(tiny_run, tmp_path):
+    """A parameter without a gradient so far has no moments: the run is saved, and goes on."""
+    run = train.prepare(*train.settings([*tiny_run, "--describe", "0.25", "--steps", "4"]))
+    run.tasks.tells_all = lambda caption: False
+    train.train(run, until=2)
+    state = load_file(tmp_path / "run" / "train_state.safetensors")
+    assert "expert.begin_of_image" in state and "exp_avg.begin_of_image" not in state
+    trained("--resume", "--out", tmp_path / "run")
+    state = load_file(tmp_path / "run" / "train_state.safetensors")
+    assert state["exp_avg.begin_of_image"].abs().max() > 0
+
+
 def test_what_cannot_be_described_is_refused(tiny_run, tmp_path, capsys):
     trained(*tiny_run, "--steps", 1)
     run = str(tmp_path / "run")

@@ -37,7 +37,7 @@ TINY = "Qwen/Qwen2.5-0.5B"  # under this name, see `workplace`
 SHORT = {  # flags that make a command short; given last, they win
     "train.py": "--steps 2 --batch-size 8 --width 32 --depth 2",
     "train.py --resume": "--steps 3",
-    "train.py --bridge": "--steps 1 --batch-size 4",
+    "train.py --bridge": f"--steps 1 --batch-size 4 --llm {TINY}",
     "sample.py": "--steps 2",
     "evaluate.py": "--steps 1 --limit 1",
     "extras.emoji": "--steps 1 --limit 1",
@@ -46,7 +46,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "extras.race": f"--llm {TINY} --seeds 0 --minutes 0.001 --suite geneval --steps 1 --limit 1 "
     "--batch-size 8 --width 64 --depth 3",
     "extras.agreement": "--n 2",
-    "extras.bench": f"--llm {TINY} --seconds 0.001 --batch-size=8",
+    "extras.bench": f"--llm {TINY} --seconds 0.001 --batch-size=8 --width=32 --depth=2",
 }
 RACER = "kv"  # runs alone, in place of all those that are named
 
@@ -116,6 +116,8 @@ def shortened(command: str) -> list[str]:
             key = f"{name} {flag}"
     if name == "extras.race":
         words[2] = RACER
+    if "describe,describe-languages" in words:
+        words += ["--suite", "describe"]  # the other is as long as that, for each language
     return words + SHORT.get(key, "").split()
 
 
