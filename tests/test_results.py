@@ -343,6 +343,17 @@ def describing() -> list[list[str]]:
     return [[sure(a), sure(b), apart(c), str(a["n"])] for a, b, c in lines]
 
 
+def objectives() -> list[list[str]]:
+    rows = []
+    for name in ("flow", "ddpm", "flow, 700 steps", "ddpm, whole skips"):
+        run = read("lmfusion")["ddpm"][name]
+        cells = [f"{run['steps']:,}"]
+        for suite in ("geneval", "unseen"):
+            cells.append(", ".join(f"{score:.2f}" for score in run[suite]))
+        rows.append(cells)
+    return rows
+
+
 def separation() -> list[list[str]]:
     rows = []
     for run in read("lmfusion")["separation"].values():
@@ -448,7 +459,11 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("RESULTS.md", "Which U-Net?"): [equal_time, unets, agreement],
     ("RESULTS.md", "What does the sampler decide?"): [samplers],
     ("RESULTS.md", "Should the network predict the clean picture or the velocity?"): [prediction],
-    ("RESULTS.md", "What does LMFusion add, and does its advice hold?"): [describing, separation],
+    ("RESULTS.md", "What does LMFusion add, and does its advice hold?"): [
+        describing,
+        separation,
+        objectives,
+    ],
     ("RESULTS.md", "Does the LLM's knowledge reach the picture?"): [suites, each_language],
     ("RESULTS.md", "Does the LLM not know it, or does the expert not hear it?"): [probe],
     ("RESULTS.md", "Does it hold for real pictures?"): [emoji],
