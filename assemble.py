@@ -50,7 +50,7 @@ class Run:
     law: Callable = sample_time  # and of its times
     rank: int = 0  # this process, of so many: see extras/parallel.py
     ranks: int = 1
-    stopping: int = 0  # the signal that one of them has had
+    stopping: int = 0  # SIGTERM, once one of them is to stop
 
 
 def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:

@@ -11,6 +11,7 @@ change, by hand; none where the English word is the same.
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,18 @@ LANGUAGES = Path(__file__).parent.parent / "assets" / "describe" / "languages.js
 ENGLISH = re.compile(rf"\b({'|'.join(CANONICAL_COLORS)})\b")
 
 
+@cache
+def read_languages() -> dict[str, dict]:
+    """Language -> its beginning, and its colours' words."""
+    return json.loads(LANGUAGES.read_text("utf-8"))
+
+
 def read_languages_suite(
     side: int, limit: int | None, only: list[str] | None, half: str
 ) -> list[Shown]:
     """The single things of the suite `languages`, drawn: each language a row, whose descriptions
     begin in it."""
-    languages = json.loads(LANGUAGES.read_text("utf-8"))
+    languages = read_languages()
     shown = []
     for prompt in read_suite("languages", limit, only, one=True, half=half):
         rng = np.random.default_rng([2026, int(prompt.scene_id, 16)])
@@ -44,7 +51,7 @@ def colors_in(said: str, row: str) -> set[str]:
     """The colours that a text names in the language of a row, longer words first: of Indonesian's
     "merah muda", pink, the half would be red."""
     words = []
-    for color, forms in json.loads(LANGUAGES.read_text("utf-8"))[row]["colors"].items():
+    for color, forms in read_languages()[row]["colors"].items():
         words += [(form.casefold(), color) for form in forms]
     named = set()
     for word, color in sorted(words, key=lambda pair: -len(pair[0])):

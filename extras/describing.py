@@ -140,10 +140,6 @@ def why_wrong(said: str, things: list[Thing]) -> str | None:
     return None
 
 
-def why_not_of(said: str, shown: "Shown") -> str | None:
-    return why_wrong(said, shown.things)
-
-
 def stands(scene: Scene, things: list[Thing]) -> bool:
     """Whether the first group stands as the relation says, seen from the second: by what separates
     the two most."""
@@ -207,6 +203,11 @@ def read_describe_suite(
 def prompt_of(shown: Shown, said: str) -> Prompt:
     """What was said of a scene, in the place of a prompt."""
     return Prompt(shown.row, said, shown.scene)
+
+
+def why_not_of(said: str, shown: Shown) -> str | None:
+    """why_wrong, of a scene of the suite."""
+    return why_wrong(said, shown.things)
 
 
 def evaluate_describing(

@@ -131,14 +131,16 @@ def unets() -> list[list[str]]:
     return rows
 
 
+def each_seed(run: dict) -> list[str]:
+    """The steps of a run, and its scores of each seed."""
+    cells = [f"{run['steps']:,}"]
+    for suite in ("geneval", "unseen"):
+        cells.append(", ".join(f"{score:.2f}" for score in run[suite]))
+    return cells
+
+
 def equal_time() -> list[list[str]]:
-    rows = []
-    for run in read("unet")["equal time"].values():
-        cells = [f"{run['steps']:,}"]
-        for suite in ("geneval", "unseen"):
-            cells.append(", ".join(f"{score:.2f}" for score in run[suite]))
-        rows.append(cells)
-    return rows
+    return [each_seed(run) for run in read("unet")["equal time"].values()]
 
 
 def agreement() -> list[list[str]]:
@@ -344,14 +346,9 @@ def describing() -> list[list[str]]:
 
 
 def objectives() -> list[list[str]]:
-    rows = []
-    for name in ("flow", "ddpm", "flow, 700 steps", "ddpm, whole skips"):
-        run = read("lmfusion")["ddpm"][name]
-        cells = [f"{run['steps']:,}"]
-        for suite in ("geneval", "unseen"):
-            cells.append(", ".join(f"{score:.2f}" for score in run[suite]))
-        rows.append(cells)
-    return rows
+    runs = read("lmfusion")["ddpm"]
+    names = ("flow", "ddpm", "flow, 700 steps", "ddpm, whole skips")
+    return [each_seed(runs[name]) for name in names]
 
 
 def separation() -> list[list[str]]:
