@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
+from batches import LOOK_AHEAD
 from cli import colon_form, it_may_have_moved, make_folder, pick_device, pick_dtype
 from data import open_source
 from flags import SIZES, data_form
@@ -25,8 +26,6 @@ from llm import FrozenLLM
 from loading import load_llm
 from model import ExpertBlock, ImageExpert
 from patches import Conv
-
-LOOK_AHEAD = 32  # steps whose captions go to the LLM together
 
 
 @dataclass
@@ -62,24 +61,20 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
 
     origin, before = beginning(args, metadata, device)
 
-    # the data
-    moved = it_may_have_moved if metadata else no_hint
-    name, options = data_form(args.data)
-    with moved(name, "--resume --data"):
-        source = open_source(name, args.image_size, args.seed, **options)
-    data_identity = checkpoint.data_of(source)
-    checkpoint.check_data(args.data, metadata, data_identity)
+    source, data_identity = open_data(args, metadata)
 
     # the LLM: the revision, and the text around each caption, are what the weights began with
     revision = before.get("llm_revision") if args.llm == before.get("llm") else None
     random_seed = None
     if args.random_llm:
         random_seed = before.get("random_llm", args.seed)
+    moved = it_may_have_moved if metadata else no_hint
     with moved(args.llm, "--resume --llm"):
         llm = open_llm(args, device, dtype, random_seed, revision)
     reading = set_reader(args, llm, before)
 
     # the expert, the average of its weights, and its optimizers
+    name = data_form(args.data)[0]
     made_for = {
         "llm": args.llm,
         "llm_revision": llm.revision,
@@ -89,6 +84,9 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
         "data": name,
         **source.made_for,
     }
+    vae = open_vae(args, source, before, device, made_for)
+    if args.buckets:
+        use_buckets(args, source, made_for)
     tasks = further_tasks(args, source, llm, made_for)
     if args.start:
         from extras.starting import expert_like
@@ -98,10 +96,13 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     else:
         expert = build_expert(args, llm, source, made_for, tasks is not None).to(device)
     expert.attach(llm)
+    expert.vae = vae
+    expert.shape()  # refused if patches do not fill a picture
     make_folder(args.out)  # nothing is written before everything is there
     ema = type(expert)(**expert.config).to(device).requires_grad_(False)
     ema.load_state_dict(expert.state_dict())
     ema_llm = llm if llm.frozen else copy.copy(llm)
+    ema.vae = vae
     ema.attach(ema_llm)  # of use to a tower that holds on to the LLM
     optimizers = build_optimizers(expert, args.lr, args.weight_decay)
     towers = (llm, expert, ema_llm, ema)
@@ -111,6 +112,37 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
         checkpoint.load_run(run, metadata, tensors)
     print_run(run)
     return run
+
+
+def open_data(args: argparse.Namespace, metadata: dict) -> tuple[object, dict[str, str]]:
+    """The source of --data, and what is kept of it. ValueError if a stored run had another."""
+    moved = it_may_have_moved if metadata else no_hint
+    name, options = data_form(args.data)
+    with moved(name, "--resume --data"):
+        source = open_source(name, args.image_size, args.seed, **options)
+    data_identity = checkpoint.data_of(source)
+    checkpoint.check_data(args.data, metadata, data_identity)
+    return source, data_identity
+
+
+def open_vae(args: argparse.Namespace, source, before: dict, device, made_for: dict):
+    """The frozen autoencoder whose latents are drawn, or None (extras/latents.py)."""
+    if not args.vae and not hasattr(source, "vae") and not before.get("vae"):
+        return None
+    from extras.latents import made_for_vae, vae_for
+
+    vae = vae_for(args.vae, source, before.get("vae"), device)
+    made_for["vae"] = made_for_vae(vae)
+    return vae
+
+
+def use_buckets(args: argparse.Namespace, source, made_for: dict) -> None:
+    """ValueError for data whose pictures are of one shape, or are pairs."""
+    if not getattr(source, "use_buckets", None) or hasattr(source, "before_and_after"):
+        expected = "a folder or .tar files of single pictures"
+        raise ValueError(f"--buckets: --data {args.data} has one shape; expected {expected}")
+    factor = made_for["vae"]["downsampling"] if "vae" in made_for else 1
+    source.use_buckets(factor * args.patch, args.batch_size // args.draws)
 
 
 def further_tasks(args: argparse.Namespace, source, llm: FrozenLLM, made_for: dict):
@@ -207,6 +239,8 @@ def build_expert(
         "made_for": made_for,
         "reads_pictures": reads_pictures,
     }
+    if "vae" in made_for:
+        shared["channels"] = made_for["vae"]["channels"]
     torch.manual_seed(args.seed)
     name, options = colon_form(args.bridge)
     if name == "mot":
@@ -230,10 +264,12 @@ def print_run(run: Run) -> None:
         kind += f" of width {layer.key_width}"
     print(f"LLM {args.llm}: {frozen:.0f} M parameters, {weights}; {kind}")
     trained = sum(p.numel() for p in run.expert.parameters()) / 1e6
-    side = args.image_size // args.patch
+    _, height, width = run.expert.shape()
+    rows = height // args.patch
+    columns = width // args.patch
     print(
         f"expert: {trained:.1f} M parameters, all trained; {len(run.expert.blocks)} layers of "
-        f"width {run.expert.width}, {side}x{side} image tokens"
+        f"width {run.expert.width}, {rows}x{columns} image tokens"
     )
     began = ""
     if run.step:

@@ -137,7 +137,7 @@ def refuse_overwriting(out: str) -> None:
 # -------------------------------------------------------------------------------------------------
 # going on
 
-MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every"}
+MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every", "vae"}
 MAY_MOVE = {"llm", "data"}  # places: it is what lies there that must be the same
 
 
@@ -225,7 +225,13 @@ def load_expert(ckpt: str, device: torch.device, flag: str = "--ckpt") -> ImageE
     that cannot be."""
     path = find_checkpoint(ckpt, flag)
     metadata, _ = read_safetensors(path)
-    return read_expert(path, tower_of(metadata, path)).to(device)
+    expert = read_expert(path, tower_of(metadata, path)).to(device)
+    if "vae" in expert.made_for:
+        from extras.latents import VAE
+
+        stored = expert.made_for["vae"]
+        expert.vae = VAE(stored["name"], device, stored)
+    return expert
 
 
 def tower_of(metadata: dict[str, str], path: Path) -> type:
@@ -266,8 +272,9 @@ class Metrics:
     """metrics.jsonl: the loss per bin of t, and the speed, of every interval. A resumed run drops
     what it will do again."""
 
-    def __init__(self, run):
+    def __init__(self, run, batches):
         self.run = run
+        self.batches = batches
         self.path = Path(run.args.out) / "metrics.jsonl"
         lines = []
         if self.path.exists():
@@ -295,11 +302,12 @@ class Metrics:
         self.started += time.perf_counter() - before
         self.llm_before += self.run.llm.seconds - llm_before
 
-    def speed(self) -> tuple[float, float]:
-        """Images per second, and the LLM's share of the time."""
+    def speed(self) -> tuple[float, float, float]:
+        """Images per second; of the time the shares of the LLM, and of waiting for data."""
         seconds = time.perf_counter() - self.started
         images = (self.run.step - self.first) * self.run.args.batch_size
-        return images / seconds, (self.run.llm.seconds - self.llm_before) / seconds
+        llm_seconds = self.run.llm.seconds - self.llm_before
+        return images / seconds, llm_seconds / seconds, self.batches.waited / seconds
 
     def write(self, norm: Tensor) -> str:
         if self.run.ranks > 1:
@@ -307,7 +315,7 @@ class Metrics:
 
             for counted in (self.sum, self.count):
                 sum_over_ranks(counted)
-        images_per_second, llm_share = self.speed()
+        images_per_second, llm_share, data_share = self.speed()
         loss = (self.sum.sum() / self.count.sum()).item()
         line = {
             "step": self.run.step,
@@ -317,6 +325,7 @@ class Metrics:
             "lr": self.run.optimizers[0].param_groups[0]["lr"],
             "images_per_second": images_per_second,
             "llm_share": llm_share,
+            "data_share": data_share,
             "images": self.run.step * self.run.args.batch_size,
             "resumed_at": self.first,  # step; images_per_second is the mean since then
         }

@@ -28,6 +28,7 @@ from pathlib import Path
 TRACEBACK = "FROZEN_LLM_TRACEBACK"  # the environment variable that brings the traceback back
 STOPS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a cluster sends before it kills
 UNTOUCHED = (signal.default_int_handler, signal.SIG_DFL)
+OPTIONAL = ("diffusers", "datasets")  # of --vae, and of --data hf:NAME
 LONGEST = 600  # characters of an error's line: a compiler may say pages
 
 # --------------------------------------------------------------------------------------------------
@@ -96,6 +97,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         if (error.name or "").partition(".")[0] == "extras":
             return f"{error}: what was asked for needs the repository's folder extras/"
+        if error.name in OPTIONAL:
+            return f"{error}: what was asked for needs it: pip install {error.name}"
         return f"{error}: pip install -r requirements.txt"
     text = flat(str(error))
     kind = type(error).__name__
@@ -324,6 +327,14 @@ def guidance_form(text: str) -> tuple[float, tuple[float, float], bool]:
     if start > end:
         raise argparse.ArgumentTypeError(f"{text}: expected from= to be at most to=")
     return scale, (start, end), "renorm" in options
+
+
+def size_form(text: str) -> tuple[int, int]:
+    """argparse type: "64x96" -> (64, 96), height and width in pixels."""
+    sides = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if not sides or not 1 <= min(map(int, sides.groups())):
+        raise argparse.ArgumentTypeError(f"{text}: expected height x width, as 64x96")
+    return int(sides[1]), int(sides[2])
 
 
 def pick_device(name: str):

@@ -1,7 +1,9 @@
 """Where (caption, picture) pairs come from.
 
     shapes     scenes of coloured shapes, drawn on the fly from a seed; captions in plain English
-    a folder   of pictures with captions: extras/files.py
+    a folder   of pictures with captions: extras/folders.py
+    x.tar      shards of such pictures, or hf:NAME, a Hub's data set: extras/streams.py
+    latents    such pictures in a folder, encoded by a VAE: extras/latents.py
     edits      pairs of shapes with an instruction between them: extras/edits.py
     emoji      of a colour font, under their English names: extras/emoji.py
     several    with commas, shapes,emoji: one expert learns them all: extras/mixed.py
@@ -443,40 +445,76 @@ def _look_alike(groups: tuple[Group, ...]) -> bool:
 
 
 def open_source(name: str, image_size: int, seed: int = 0, **options):
-    """A name, "shapes", "emoji" or "edits", or a folder's path -> a source of examples.
+    """A source of examples: "shapes", "emoji" or "edits", a folder's path, tar shards or "hf:" and
+    the name of a data set (extras/streams.py).
 
-    options: one_object and colored of the shapes; font (a file), variants and no_shapes of the
-    emoji; or `parts`, of several sources their names and options (see flags.data_form). ValueError
-    for a source that is not there, or an option that it has not.
+    options: see SOURCES; or `parts`, of several sources their names and options (flags.data_form).
+    ValueError for a source that is not there, or an option that it has not.
     """
     if "parts" in options:
         from extras.mixed import Mixed
 
         return Mixed(options["parts"], image_size, seed)
-    of_emoji = {"font": str | None, "variants": bool, "no_shapes": bool}
-    kinds = {"shapes": {"one_object": bool, "colored": bool}, "emoji": of_emoji, "edits": {}}
-    known = kinds.get(name, {})
-    if name not in kinds and not Path(name).is_dir():
-        expected = "shapes, emoji, edits, or an existing folder of captioned pictures"
-        raise ValueError(f"--data {name}: expected {expected}")
+    kind = kind_of_source(name)
+    check_options(name, options, SOURCES[kind])
+    if kind == "shapes":
+        return Shapes(image_size, seed, **options)
+    if kind == "edits":
+        from extras.edits import Edits
+
+        return Edits(image_size, seed)
+    if kind == "emoji":
+        from extras.emoji import Emoji
+
+        return Emoji(image_size, seed, **options)
+    if kind == "shards":
+        from extras.streams import Shards
+
+        return Shards(name, image_size, seed)
+    if kind == "hub":
+        from extras.streams import HubSet
+
+        return HubSet(name.removeprefix("hf:"), image_size, seed, **options)
+    if kind == "latents":
+        from extras.latents import Encoded
+
+        return Encoded(name, image_size, seed)
+    from extras.folders import open_folder
+
+    return open_folder(name, image_size, seed)
+
+
+SOURCES = {  # kind -> its options: those that are switched on, and those with a value
+    "shapes": {"one_object": bool, "colored": bool},
+    "emoji": {"font": str, "variants": bool, "no_shapes": bool},
+    "edits": {},
+    "folder": {},
+    "latents": {},
+    "shards": {},
+    "hub": {"split": str, "image": str, "text": str},
+}
+
+
+def kind_of_source(name: str) -> str:
+    """ValueError if there is none of this name."""
+    if name in ("shapes", "emoji", "edits"):
+        return name
+    if Path(name).is_dir():
+        return "latents" if (Path(name) / "latents.json").is_file() else "folder"
+    if name.startswith("hf:"):
+        return "hub"
+    if name.endswith(".tar"):
+        return "shards"
+    expected = "shapes, emoji, edits, hf:NAME, .tar files, or an existing folder of pictures"
+    raise ValueError(f"--data {name}: expected {expected}")
+
+
+def check_options(name: str, options: dict, known: dict) -> None:
     for option, value in options.items():
         said = option.replace("_", "-")
         if option not in known:
             owns = ", ".join(known).replace("_", "-") or "none"
             raise ValueError(f"--data {name} has no option {said!r}; it has {owns}")
         if not isinstance(value, known[option]):
-            expected = "no value" if known[option] is bool else "a file, as in font=FILE"
+            expected = "no value" if known[option] is bool else f"a value: {said}=VALUE"
             raise ValueError(f"--data {name}:{said}: expected {expected}")
-    if name == "shapes":
-        return Shapes(image_size, seed, **options)
-    if name == "edits":
-        from extras.edits import Edits
-
-        return Edits(image_size, seed)
-    if name == "emoji":
-        from extras.emoji import Emoji
-
-        return Emoji(image_size, seed, **options)
-    from extras.edit_folder import open_folder
-
-    return open_folder(name, image_size, seed)

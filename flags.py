@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 from cli import OneLineParser, between, colon_form, positive, seed_number, share, words
@@ -44,6 +45,11 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
         check_belongings(parser, plain, bridge)
     check_forms(plain)
     parser.set_defaults(**RECIPES.get(source, {}) | RECIPES.get(bridge, {}))
+    in_latents = plain.vae or origin.get("vae") or is_encoded(source)
+    if in_latents:
+        from extras.latents import PATCH, encoded_at, latent_side
+
+        parser.set_defaults(patch=PATCH, **encoded_at(source))
     parser.set_defaults(**origin)
     parser.set_defaults(**(stored or {}))
     args = parser.parse_args(argv)
@@ -53,7 +59,8 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
         args.prediction = "noise"
     args.patch = args.patch or min(16, max(1, args.image_size // 4))
     if args.time_mean is None:
-        args.time_mean = time_mean(args.image_size)
+        side = latent_side(args.vae, source, args.image_size) if in_latents else args.image_size
+        args.time_mean = time_mean(side)
     if not args.out:
         args.out = default_out(args, parser, bridge)
     if args.batch_size % args.draws:
@@ -67,6 +74,11 @@ def time_mean(image_size: int) -> float:
     return TIME_MEAN - math.log(image_size / 32)
 
 
+def is_encoded(source: str) -> bool:
+    """Whether it is a folder of latents (extras/latents.py)."""
+    return (Path(source) / "latents.json").is_file()
+
+
 def data_form(text: str) -> tuple[str, dict]:
     """--data -> a source's name and its options; of several with commas, their names with commas
     and the option "parts": name and options of each. A folder's or a file's name may have colons
@@ -74,6 +86,9 @@ def data_form(text: str) -> tuple[str, dict]:
     if Path(text).is_dir():
         return text, {}
     sources = split_sources(text)
+    if len(sources) == 1 and text.startswith("hf:"):
+        name, options = colon_form(text.removeprefix("hf:"), flag="--data")
+        return f"hf:{name}", options
     if len(sources) == 1:
         return colon_form(text, flag="--data")
     parts = [data_form(source) for source in sources]
@@ -138,7 +153,7 @@ def default_out(args: argparse.Namespace, parser: OneLineParser, bridge: str) ->
     names = [name]
     if "parts" in options:
         names = name.split(",")
-    parts = [Path(name).resolve().name for name in names]
+    parts = [short_name(name) for name in names]
     if args.llm != parser.get_default("llm"):
         parts.append(Path(args.llm).name)
     if args.random_llm:
@@ -150,14 +165,23 @@ def default_out(args: argparse.Namespace, parser: OneLineParser, bridge: str) ->
     return "runs/" + "-".join(parts)
 
 
-def make_parser() -> OneLineParser:
-    parser = OneLineParser(
-        description="Train an image expert on a frozen LLM.",
-    )
+def short_name(source: str) -> str:
+    """The last part of a path or of a data set's name; of many shards their folder's."""
+    path = Path(source.removeprefix("hf:"))
+    if path.suffix == ".tar":
+        path = path.parent if re.search(r"[*?{\[]", path.name) else path.with_suffix("")
+    return path.resolve().name
+
+
+def add_what_is_learned(parser: OneLineParser) -> None:
     add = parser.add_argument_group("what is learned").add_argument
-    data = "shapes, shapes:one-object, emoji, a folder; several with commas: shapes,emoji"
+    data = "shapes, shapes:one-object, emoji, a folder, 'DIR/*.tar', hf:NAME; several with commas"
     add("--data", default="shapes", help=data)
     add("--image-size", type=between(1, 16384, int), default=64, help="side in pixels")
+    buckets = "pictures keep their shape, nearly: a batch has one of a few (extras/captioned.py)"
+    add("--buckets", action="store_true", help=buckets)
+    vae = "draw latents of this autoencoder, a Hub id or a folder (extras/latents.py)"
+    add("--vae", help=vae)
     tokens = "side of an image token in pixels (default: 16, or a quarter of a small picture)"
     add("--patch", type=positive(int), help=tokens)
     add("--patcher", default="unet", choices=PATCHERS, help="from pixels to tokens and back")
@@ -170,6 +194,12 @@ def make_parser() -> OneLineParser:
     weight = "of the LLM's loss on these captions, in nats a token, beside the flow's"
     add("--lm-weight", type=positive(float), default=0.05, help=weight)
 
+
+def make_parser() -> OneLineParser:
+    parser = OneLineParser(
+        description="Train an image expert on a frozen LLM.",
+    )
+    add_what_is_learned(parser)
     add = parser.add_argument_group("how long").add_argument
     add("--steps", type=positive(int), default=2400, help="optimizer steps")
     add("--batch-size", type=positive(int), default=64, help="pictures a step")

@@ -36,6 +36,7 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
     """
 
     qk_norm = True
+    vae = None  # between pictures and what it draws, if that is latents (extras/latents.py)
 
     def __init__(
         self,
@@ -107,6 +108,16 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
     def attach(self, llm: FrozenLLM) -> None:
         """Have this LLM hand over what the expert looks at."""
         llm.keep(self.reads)
+
+    def shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """(C, height, width) of what is drawn, pixels or latents, for pictures of this size in
+        pixels (default: its own square). ValueError if patches do not fill it."""
+        height, width = size or (self.image_size, self.image_size)
+        factor = self.made_for.get("vae", {}).get("downsampling", 1)
+        unit = factor * self.patch
+        if height % unit or width % unit:
+            raise ValueError(f"pictures of {height}x{width}: expected sides that {unit} divides")
+        return self.channels, height // factor, width // factor
 
     def llm_parameters(self) -> list[nn.Parameter]:
         """The LLM's weights that are trained with it: none, it is frozen."""

@@ -35,6 +35,7 @@ from cli import (
     positive,
     save_picture,
     seed_number,
+    size_form,
     words,
     write_whole,
 )
@@ -63,16 +64,18 @@ def draw(
     batch_size: int = AT_ONCE,
     watch: Callable | None = None,
     renoise: float = RENOISE,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """A picture of each prompt, from the noise of its seed -> (prompts, height, width, C) uint8.
+    """A picture of each prompt, from the noise of its seed -> (prompts, height, width, 3) uint8.
 
     A prompt and a seed give the same picture whatever else is drawn beside it: to rounding. In
     float32 that is at most one level of 255; in bfloat16 matrix kernels sum in another order for
     another batch size; up to 7 levels were seen.
     watch: see euler_sample; it is called for each batch in turn. renoise: see there too; with 0 the
-    steps are even, and all chance is in the first noise.
+    steps are even, and all chance is in the first noise. size: height and width in pixels, if they
+    are not the expert's own; ValueError if it cannot have them.
     """
-    shape = (expert.channels, expert.image_size, expert.image_size)
+    shape = expert.shape(size)
     pictures = []
     for start in range(0, len(prompts), batch_size):
         captions = prompts[start : start + batch_size]
@@ -82,7 +85,7 @@ def draw(
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
             guiding = (empty, guidance, interval, renorm)
             x = integrate(expert, expert, noise, context, steps, renoise, guiding, watch)
-        pictures.append(to_pixels(x))
+        pictures.append(pixels_of(expert, x))
     return np.concatenate(pictures)
 
 
@@ -122,6 +125,16 @@ def noise_of(seeds: list[int], shape: tuple, device: torch.device) -> Callable:
         return torch.stack(rows).to(device)
 
     return noise
+
+
+def pixels_of(expert: ImageExpert, x: torch.Tensor) -> np.ndarray:
+    """What the expert draws, (..., C, height, width) -> pictures (..., height, width, 3) uint8."""
+    return to_pixels(expert.vae.decode(x) if expert.vae else x)
+
+
+def data_of(expert: ImageExpert, pictures: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The inverse: pictures (B, height, width, 3) uint8 -> (B, C, height, width) as it draws."""
+    return expert.vae.encode(pictures) if expert.vae else to_tensor(pictures, device)
 
 
 def to_pixels(x: torch.Tensor) -> np.ndarray:
@@ -165,6 +178,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--renoise", type=between(0, 1), default=RENOISE, help=RENOISE_HELP)
     scale = "scale; 1 is none; 3:from=0.1:to=0.8 while t is between these; 3:renorm (flow.guide)"
     add("--guidance", type=guidance_form, default=str(GUIDANCE), help=scale)
+    other = "of the pictures in pixels, height x width, as 64x96 (default: the expert's own)"
+    add("--size", type=size_form, help=other)
     add("--out", default="samples", help="folder for the pictures, or the file of a single one")
 
     add = parser.add_argument_group("what is shown of it").add_argument
@@ -210,6 +225,7 @@ def main(argv: list[str] | None = None) -> None:
 
         check_windows(args, layout, len(prompts) * args.n)
     expert, llm = open_towers(args, out.parent if into_file else out)
+    expert.shape(args.size)  # refused before anything is drawn
     if args.interactive:
         from extras.interactive import converse
 
@@ -301,6 +317,7 @@ def draw_into(
         windows = Windows(args, expert, llm, prompts)
     scale, interval, renorm = args.guidance
     options = {"interval": interval, "renorm": renorm, "watch": windows, "renoise": args.renoise}
+    options["size"] = args.size
     pictures = draw(expert, llm, prompts, seeds, args.steps, scale, **options)
     written = getattr(llm.reader, "written", {})
     for prompt in dict.fromkeys(prompts):

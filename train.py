@@ -19,8 +19,8 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +29,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-from assemble import LOOK_AHEAD, Run, prepare
+from assemble import Run, prepare
+from batches import Batches
 from cli import Locked, captioned_grid, one_line_errors, stops_wait, write_whole
 from flags import parse_args
-from llm import FrozenLLM
-from sample import draw, to_tensor
+from sample import data_of, draw
 
 TIME_STD = 1.0
 LARGEST_GRADIENT = 1.0  # a gradient's norm is clipped to this
-LOOK_AHEAD_BYTES = 500e6  # the most that the pictures of so many steps take
 LOG_EVERY = 50  # steps a line of metrics.jsonl
 
 
@@ -56,7 +55,7 @@ def train_step(
     # The step's own randomness: it depends on the seed and the step alone, so that a run that was
     # killed goes on with the numbers it would have had. (On the CPU: the same on every device.)
     generator = step_generator(args.seed, run.step)
-    data = to_tensor(pictures, run.device)  # (B, C, height, width) in [-1, 1]
+    data = data_of(run.expert, pictures, run.device)  # (B, C, height, width), pixels in [-1, 1]
     count = len(data) * run.ranks  # of all processes, if there are several (extras/parallel.py)
     noise = own(run, torch.randn(count, *data.shape[1:], generator=generator)).to(run.device)
     t = own(run, run.law(count, args.time_mean, TIME_STD, generator)).to(run.device)  # (B,)
@@ -129,40 +128,6 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(mixed[0]))
 
 
-def batches(
-    source,
-    llm: FrozenLLM,
-    batch_size: int,
-    draws: int,
-    start: int,
-    rank: int = 0,
-    ranks: int = 1,
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Captions and pictures (B, size, size, 3) uint8 of each step from `start`; a batch depends on
-    the seed and the step alone, and has a part for each of the processes. The LLM runs over the
-    captions of many steps at once."""
-    of_all = batch_size // draws  # captions a step
-    per_step = of_all // ranks
-    step_bytes = 3 * batch_size * source.image_size**2
-    ahead = max(1, min(LOOK_AHEAD, int(LOOK_AHEAD_BYTES / step_bytes)))
-    step = start
-    while True:
-        end = (step // ahead + 1) * ahead  # a resumed run cuts the same windows
-        examples = []
-        for first in range(step * of_all + rank * per_step, end * of_all, of_all):
-            examples += [source.example(i, draws) for i in range(first, first + per_step)]
-        if llm.frozen and not getattr(source, "before_and_after", False):
-            llm.lookup([caption for caption, _ in examples])
-        for i in range(0, len(examples), per_step):
-            captions = []
-            pictures = []
-            for caption, drawn in examples[i : i + per_step]:
-                captions += [caption] * draws
-                pictures.append(drawn)  # (draws, size, size, 3)
-            yield captions, np.concatenate(pictures)
-        step = end
-
-
 # -------------------------------------------------------------------------------------------------
 # a run, from the first step to the last
 
@@ -180,23 +145,23 @@ def train(run: Run, until: int | None = None) -> None:
             checkpoint.refuse_overwriting(args.out)  # another process may have been there meanwhile
         bar = {"unit": "step", "mininterval": 1, "dynamic_ncols": True, "disable": run.rank > 0}
         progress = tqdm(total=args.steps, initial=run.step, **bar)
-        with progress:  # closed whatever happens, so that an error's line stands below it
-            train_loop(run, until or args.steps, progress)
+        size = (args.batch_size, args.draws)
+        batches = Batches(run.source, run.llm, *size, run.step, run.rank, run.ranks)
+        # both closed whatever happens; an error's line stands below the bar
+        with progress, closing(batches):
+            train_loop(run, batches, until or args.steps, progress)
 
 
-def train_loop(run: Run, until: int, progress: tqdm) -> None:
+def train_loop(run: Run, batches: Batches, until: int, progress: tqdm) -> None:
     """Ctrl-C and SIGTERM are heard between two steps: what is done by then is saved."""
     started = time.perf_counter()
     args = run.args
     predict = torch.compile(run.expert) if args.compile else run.expert
-    metrics = checkpoint.Metrics(run)
+    metrics = checkpoint.Metrics(run, batches)
     saved = run.step
     first = run.rank == 0  # it writes for all
-    size = (args.batch_size, args.draws)
     try:
-        for captions, pictures in batches(
-            run.source, run.llm, *size, run.step, run.rank, run.ranks
-        ):
+        for captions, pictures in batches:
             with stops_wait() if run.ranks == 1 else nullcontext():
                 losses, t, norm = train_step(run, predict, captions, pictures)
                 metrics.add(losses, t)
@@ -232,10 +197,11 @@ def say_what_was_trained(run: Run, metrics: checkpoint.Metrics, seconds: float, 
     skipped = getattr(run.source, "skipped", None)
     if skipped:
         print(f"pictures that did not decode and were skipped: {len(skipped)}")
-    images_per_second, llm_share = metrics.speed()
+    images_per_second, llm_share, data_share = metrics.speed()
     print(
-        f"{images_per_second:.0f} images/s, the LLM took {llm_share:.0%} of the training time; "
-        f"{seconds / 60:.1f} minutes, peak memory {checkpoint.peak_memory(run.device)}"
+        f"{images_per_second:.0f} images/s; of the training time the LLM took {llm_share:.0%}, "
+        f"waiting for data {data_share:.0%}; {seconds / 60:.1f} minutes, peak memory "
+        f"{checkpoint.peak_memory(run.device)}"
     )
     prompt = run.source.prompts[0]
     now = f'python sample.py --ckpt {run.args.out} --prompt "{prompt}"'

@@ -25,7 +25,7 @@ from checkpoint import load_expert, pick_checkpoint
 from cli import OneLineParser, one_line_errors, pick_device, pick_dtype, positive, seed_number
 from data import CANONICAL_COLORS, COLORS, Group, Scene, Thing, draw_things, lay_out
 from flow import interpolate
-from sample import to_tensor
+from sample import data_of
 
 TIMES = (0.05, 0.1, 0.15)
 SHAPES = ("circle", "square", "heart")  # that have no hole and no thin arm
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # the pictures, on their way from the noise
     captions, pictures, colors, places = four_alike(args.n, expert.image_size, args.seed)
-    data = to_tensor(pictures, device)
+    data = data_of(expert, pictures, device)
     true = torch.from_numpy(colors).float()[:, None]  # (B, 1, 3)
     inside = torch.from_numpy(places).float()
     noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(args.seed)).to(device)

@@ -152,7 +152,7 @@ def training_run(args, *flags: str) -> train.Run:
 
 
 def stream_of(run: train.Run):
-    return train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, 0)
+    return train.Batches(run.source, run.llm, run.args.batch_size, run.args.draws, 0)
 
 
 def fresh_context(llm: FrozenLLM, captions: list[str]) -> Context:

@@ -38,7 +38,7 @@ from extras.suites import Prompt, is_in
 from extras.tables import compare, print_suite, sheet, summarize
 from llm import FrozenLLM
 from model import ImageExpert
-from sample import to_tensor
+from sample import data_of
 
 AT_ONCE = 32  # pictures that are described as one batch
 
@@ -264,7 +264,7 @@ def describe_all(expert: ImageExpert, llm: FrozenLLM, pictures: np.ndarray, **op
         for name in ("beginnings", "seeds"):
             if name in own:
                 own[name] = own[name][some]
-        said += describe(llm, expert, to_tensor(pictures[some], llm.device), **own)
+        said += describe(llm, expert, data_of(expert, pictures[some], llm.device), **own)
     return said
 
 
@@ -284,7 +284,7 @@ def describe_files(args: argparse.Namespace) -> None:
     for path, (width, height) in zip(paths, sizes):
         if (width, height) != (side, side):
             print(f"{path}: {width}x{height}, its centre read at {side}x{side}")
-        squares.append(np.asarray(read_picture(path, side)))
+        squares.append(np.asarray(read_picture(path, (side, side))))
     beginning = args.prompt[0] if args.prompt else ""
     seeds = list(range(args.seed, args.seed + len(paths)))
     said = describe_all(

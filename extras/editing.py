@@ -191,7 +191,7 @@ def edit_files(args: argparse.Namespace, out: Path, into_file: bool) -> None:
     side = expert.image_size
     if picture.size != (side, side):
         print(f"{args.image}: {picture.width}x{picture.height}, its centre read at {side}x{side}")
-    square = np.asarray(read_picture(args.image, side))
+    square = np.asarray(read_picture(args.image, (side, side)))
 
     seeds = [args.seed + k for k in range(args.n)]
     texts = [prompt for prompt in args.prompt for _ in seeds]

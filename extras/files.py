@@ -1,135 +1,19 @@
-"""What users bring: folders of pictures with captions, text of any editor, pictures of any camera.
-
-    python train.py --data FOLDER --image-size 64
+"""What users bring: text of any editor, pictures of any camera.
 
 Whatever is damaged is a ValueError that names the file and says what to do.
 """
 
 import codecs
-import hashlib
 import io
 import json
 import os
 import warnings
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-CACHE_BYTES = 256e6  # of decoded pictures: what fits is decoded once, not every epoch
-
-
-class Folder:
-    """Pictures with captions: metadata.jsonl (Hugging Face's imagefolder), or a .txt beside each.
-
-    Left out and counted: pictures without a caption or with an empty one, and pictures that
-    metadata.jsonl names and that are not there. One that does not decode is skipped and counted in
-    `skipped`. ValueError if none is left.
-    """
-
-    made_for = {}  # it has no options
-
-    def __init__(self, root: str | Path, image_size: int, seed: int = 0):
-        self.root = Path(root)
-        self.image_size = image_size
-        self.seed = seed
-        self.metadata = self.root / "metadata.jsonl"
-        self.listed = self.metadata.is_file()
-        named = self._read_metadata() if self.listed else self._read_sidecars()
-
-        # what is there, what has a caption, and what is left out
-        there = [(path, caption) for path, caption in named if os.path.isfile(path)]
-        self.pairs = [(path, caption) for path, caption in there if caption]
-        self.captioned = {path for path, _ in self.pairs}
-        pictures = set(files_in(self.root, PICTURE_SUFFIXES)).union(path for path, _ in there)
-        self.uncaptioned = len(pictures - self.captioned)
-        self.missing = len(named) - len(there)
-        self.skipped: set[Path] = set()
-        if not self.pairs:
-            self._refuse()
-
-        captions = dict.fromkeys(caption for _, caption in self.pairs)  # each once, in order
-        self.prompts = tuple(captions)[:8]
-        self.order = lru_cache(maxsize=2)(self._order)
-        in_cache = int(CACHE_BYTES / (3 * image_size**2))
-        self.picture = lru_cache(maxsize=in_cache)(self._picture)
-
-    def example(self, index: int, draws: int) -> tuple[str, np.ndarray]:
-        epoch, place = divmod(index, len(self.pairs))
-        order = self.order(epoch)
-        for k in range(len(order)):  # the next one in place of one that does not decode
-            pair = self.pairs[order[(place + k) % len(order)]]
-            path, caption = pair
-            try:
-                return caption, self.pictures_of(pair, draws)
-            except ValueError as error:
-                if not self.skipped:
-                    said = f"{error} and is skipped; later ones are counted silently"
-                    warnings.warn(said, stacklevel=2)
-                self.skipped.add(path)
-        raise ValueError(f"none of the {len(self.pairs)} pictures in {self.root} decodes")
-
-    def pictures_of(self, pair: tuple[Path, str], draws: int) -> np.ndarray:
-        """(draws, size, size, 3): a picture needs no variety beside the noise's."""
-        return np.stack([self.picture(pair[0])] * draws)
-
-    def about(self) -> str:
-        said = f"{len(self.captioned)} pictures with captions"
-        if self.uncaptioned:
-            said += f"; {self.uncaptioned} left out without a caption"
-        if self.missing:
-            named = "that metadata.jsonl names" if self.listed else "links to pictures"
-            said += f"; {self.missing} {named} are not there"
-        return said
-
-    def fingerprint(self) -> str:
-        """Changes with the pictures' names, captions and sizes of files; not with their times."""
-        digest = hashlib.sha256()
-        for path, caption in self.pairs:
-            name = path
-            if path.is_relative_to(self.root):  # metadata.jsonl may name others
-                name = path.relative_to(self.root)
-            digest.update(repr((name.as_posix(), path.stat().st_size, caption)).encode())
-        return digest.hexdigest()
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
-
-    def _picture(self, path: Path) -> np.ndarray:
-        return np.asarray(read_picture(path, self.image_size))
-
-    def _read_metadata(self) -> list[tuple[Path, str]]:
-        named = []
-        for where, record in read_records(self.metadata):
-            name = text_in(record, "file_name", where)
-            caption = text_in(record, "text", where) or ""
-            if not name:
-                raise ValueError(f"{where}: no file_name; expected a picture's name, and its text")
-            name = name.replace("\\", "/")  # as Windows writes it
-            named.append((self.root / name, caption.strip()))
-        return named
-
-    def _read_sidecars(self) -> list[tuple[Path, str]]:
-        texts = {path.with_suffix(""): path for path in files_in(self.root, {".txt"})}
-        named = []
-        for path in files_in(self.root, PICTURE_SUFFIXES):
-            text = texts.get(path.with_suffix(""))
-            named.append((path, read_text(text).strip() if text else ""))
-        return named
-
-    def _refuse(self) -> None:
-        kinds = ", ".join(sorted(PICTURE_SUFFIXES))
-        deeper = ""
-        for path in self.root.glob("*/metadata.jsonl"):
-            deeper = f"; did you mean {path.parent}?"
-        expected = "metadata.jsonl with file_name and text, or a .txt beside each picture"
-        raise ValueError(
-            f"{self.root} holds no captioned picture ({self.about()}); expected {expected} "
-            f"({kinds}){deeper}"
-        )
-
 
 # --------------------------------------------------------------------------------------------------
 # text
@@ -228,22 +112,24 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**25  # Pillow's 1 MB is less than some editors
 DRAFT = 4  # a JPEG is decoded at no less than this many times the side that is asked for
 
 
-def read_picture(path: str | Path, side: int | None = None) -> Image.Image:
+def read_picture(file, size: tuple[int, int] | None = None, name: str | None = None) -> Image.Image:
     """A picture in RGB as viewers show it: upright by its EXIF data, on white, the first frame.
 
-    With `side`, its centre square at that size. ValueError if it does not decode, or has more
-    pixels than Pillow holds for safe.
+    file: a path, or an open file and its `name`. With `size`, (height, width), its centre in that
+    shape, at that size. ValueError if it does not decode, or has more pixels than Pillow holds for
+    safe.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow has to say about metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _as_seen(image, side)
+            with Image.open(file) as image:
+                return _as_seen(image, size)
     except MemoryError:
         raise
     except Exception as error:  # on damaged bytes Pillow raises anything, struct.error for one
-        raise ValueError(f"{path} does not decode ({type(error).__name__}: {error})") from error
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name or file} does not decode ({said})") from error
 
 
 _TURNS = {  # EXIF's orientation -> what makes upright what a camera stored on its side
@@ -255,14 +141,15 @@ _TURNS = {  # EXIF's orientation -> what makes upright what a camera stored on i
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+LIES_ON_ITS_SIDE = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]
 
 
-def _as_seen(image: Image.Image, side: int | None) -> Image.Image:
+def _as_seen(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     # A JPEG can be decoded at a half, a quarter or an eighth of its size, whose last row and column
     # then stand for less than a pixel: draft says the size without that rounding.
     drafted = None
-    if side:
-        drafted = image.draft(None, (DRAFT * side, DRAFT * side))
+    if size:
+        drafted = image.draft(None, (DRAFT * max(size), DRAFT * max(size)))
     image.load()
     width, height = image.size
     if drafted:
@@ -275,19 +162,30 @@ def _as_seen(image: Image.Image, side: int | None) -> Image.Image:
     image = _in_srgb(image)
     image = image.convert("RGBA" if image.has_transparency_data else "RGB")
 
-    # the centre square, on white, upright
-    if side:
-        short = min(width, height)
-        left = (width - short) / 2
-        top = (height - short) / 2
-        box = (left, top, left + short, top + short)
-        image = image.resize((side, side), Image.Resampling.LANCZOS, box)
+    # the centre, in the shape that is asked for, on white, upright
+    if size:
+        rows, columns = size
+        if turn in LIES_ON_ITS_SIDE:
+            rows, columns = columns, rows
+        scale = min(height / rows, width / columns)
+        left = (width - scale * columns) / 2
+        top = (height - scale * rows) / 2
+        box = (left, top, left + scale * columns, top + scale * rows)
+        image = image.resize((columns, rows), Image.Resampling.LANCZOS, box)
     if image.mode == "RGBA":
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
     if turn is not None:
         image = image.transpose(turn)
     return image
+
+
+def size_as_seen(file) -> tuple[int, int]:
+    """(height, width) of a picture, by the beginning of its file alone; any error if that is
+    damaged."""
+    with Image.open(file) as image:
+        width, height = image.size
+        return (width, height) if _turn_of(image) in LIES_ON_ITS_SIDE else (height, width)
 
 
 def _turn_of(image: Image.Image) -> Image.Transpose | None:

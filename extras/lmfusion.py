@@ -30,7 +30,7 @@ from extras.joint import run_with_attention
 from extras.mirror import MirrorTower, ReadOnlyCache
 from llm import Context, FrozenLLM
 from model import ExpertBlock, ImageExpert
-from sample import GUIDANCE, RENOISE, integrate, noise_of, to_pixels, to_tensor
+from sample import GUIDANCE, RENOISE, data_of, integrate, noise_of, pixels_of
 
 LINE = "\n"  # stands between a picture and its caption
 PADDING = -1
@@ -311,12 +311,12 @@ def draw_edits(
     v(I)).
     """
     text_scale, picture_scale = guidance
-    shape = (expert.channels, expert.image_size, expert.image_size)
+    shape = expert.shape(before.shape[1:3])
     edited = []
     for start in range(0, len(before), batch_size):
         some = slice(start, start + batch_size)
         noise = noise_of(seeds[some], shape, llm.device)
-        pictures = to_tensor(before[some], llm.device)
+        pictures = data_of(expert, before[some], llm.device)
         nothing, picture, full = edit_contexts(llm, expert, pictures, instructions[some])
         every = nothing.concat(picture).concat(full)
 
@@ -328,5 +328,5 @@ def draw_edits(
 
         with torch.autocast(llm.device.type, llm.dtype, enabled=llm.dtype != torch.float32):
             x = integrate(expert, guided, noise, every, steps, renoise)
-        edited.append(to_pixels(x))
+        edited.append(pixels_of(expert, x))
     return np.concatenate(edited)

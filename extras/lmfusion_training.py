@@ -15,7 +15,7 @@ from data import Shapes
 from extras.caption_grammar import names_colors
 from extras.lmfusion import Sequence, caption_loss, draw_edits, edit_contexts
 from llm import Context, FrozenLLM
-from sample import to_tensor
+from sample import data_of
 
 
 def tasks_of(args: argparse.Namespace, source, llm: FrozenLLM) -> "Tasks":
@@ -89,7 +89,7 @@ class Tasks:
         One reading of a picture and its instruction serves all draws of that pair.
         """
         draws = run.args.draws
-        pictures = to_tensor(self.before[::draws], run.device)
+        pictures = data_of(run.expert, self.before[::draws], run.device)
         contexts = edit_contexts(run.llm, run.expert, pictures, captions[::draws])
         every = contexts[0].concat(contexts[1]).concat(contexts[2])
         share = run.args.caption_dropout
@@ -105,7 +105,8 @@ class Tasks:
         if not self.described or not self.described[0]:
             return 0.0
         captions, pictures = self.described
-        losses = caption_loss(run.llm, run.expert, to_tensor(pictures, run.device), captions)
+        data = data_of(run.expert, pictures, run.device)
+        losses = caption_loss(run.llm, run.expert, data, captions)
         run.lm_losses.append(losses.detach().mean())
         return run.args.lm_weight * losses.mean()
 

@@ -1,27 +1,32 @@
 """Several sources in one run: a batch has examples of each, and one expert learns them all.
 
     python train.py --data shapes,emoji
-    python train.py --data shapes:weight=2,my-pictures      # of each three examples, two are shapes
+    python train.py --data shapes:2,my-pictures             # of each three examples, two are shapes
+    python train.py --data shapes:0.3,emoji:0.7
 
 Emoji beside shapes are named without what shapes are called (emoji:no-shapes), so that "a red
 heart" means one picture.
 """
 
 import hashlib
+from fractions import Fraction
+from math import gcd, lcm
 
 import numpy as np
 
 from data import open_source
 
 PROMPTS = 8  # in a grid of samples
+MOST_TURNS = 10_000
 
 
 class Mixed:
     """Sources that take turns, each as often as its weight: example i is one of source i modulo the
     sum of the weights. What data.py asks of a source holds of them together.
 
-    parts: name and options of each, as flags.data_form gives them. ValueError for a part that is
-    not there, is there twice, or has no whole weight.
+    parts: name and options of each, as flags.data_form gives them, a weight among these: a number
+    alone, or weight=2 (default: 1). ValueError for a part that is not there or is there twice, and
+    for a weight that is none.
     """
 
     def __init__(self, parts: list[tuple[str, dict]], image_size: int, seed: int = 0):
@@ -31,20 +36,23 @@ class Mixed:
         if "" in self.names:
             raise ValueError(f"--data {together}: expected a source on each side of a comma")
         self.sources = []
-        self.turns: list[tuple[int, int]] = []  # whose it is, and which of its own in this round
-        self.weights = []
+        asked = []
         for i, (name, options) in enumerate(parts):
             if name in self.names[:i]:
                 raise ValueError(f"--data {together}: expected {name} once, not twice")
             if name == "edits":
                 raise ValueError(f"--data {together}: edits are pairs, and stand alone")
             options = dict(options)
-            weight = whole_weight(name, options.pop("weight", "1"))
+            asked.append(weight_in(name, options))
             if name == "emoji" and "shapes" in self.names:
                 options["no_shapes"] = True
             self.sources.append(open_source(name, image_size, seed, **options))
-            self.weights.append(weight)
+        self.weights = whole_weights(together, asked)
+        self.turns: list[tuple[int, int]] = []  # whose it is, and which of its own in this round
+        for i, weight in enumerate(self.weights):
             self.turns += [(i, k) for k in range(weight)]
+        # evenly: whoever has a third of the turns has one of every three
+        self.turns.sort(key=lambda turn: (turn[1] + 0.5) / self.weights[turn[0]])
         self.made_for = {"mixed": self.names}
         for source in self.sources:
             self.made_for |= source.made_for
@@ -83,13 +91,37 @@ class Mixed:
         held = []
         for source, weight in zip(self.sources, self.weights):
             held.append((weight, source.fingerprint() or source.made_for))
+        if max(self.weights) > 1:
+            held.append("evenly")  # older runs had all turns of a source in a row
         return hashlib.sha256(repr(held).encode()).hexdigest()
 
 
-def whole_weight(name: str, weight: str | bool) -> int:
-    """ValueError if it is not a whole number from 1 to 100."""
-    number = int(weight) if str(weight).isdecimal() else 0
-    if not 1 <= number <= 100:
-        expected = "a whole number from 1 to 100, as in weight=2"
-        raise ValueError(f"--data {name}:weight={weight}: expected {expected}")
-    return number
+def weight_in(name: str, options: dict) -> Fraction:
+    """The weight among a source's options, taken out of them. ValueError if it is no number above
+    zero."""
+    said = [option for option in options if option == "weight" or option[:1].isdigit()]
+    if not said:
+        return Fraction(1)
+    value = options.pop(said[0])
+    text = said[0] if value is True else value
+    try:
+        weight = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        weight = Fraction(0)
+    if len(said) > 1 or weight <= 0:
+        expected = "one weight, a number above zero, as in 2, 0.5 or weight=2"
+        raise ValueError(f"--data {name}:{text}: expected {expected}")
+    return weight
+
+
+def whole_weights(together: str, weights: list[Fraction]) -> list[int]:
+    """The smallest whole numbers in the same ratio. ValueError if they are large."""
+    common = lcm(*[weight.denominator for weight in weights])
+    whole = [int(weight * common) for weight in weights]
+    turns = sum(whole) // gcd(*whole)
+    if turns > MOST_TURNS:
+        raise ValueError(
+            f"--data {together}: the weights make {turns} turns; expected rounder numbers, whose "
+            f"ratio takes {MOST_TURNS} at most"
+        )
+    return [weight // gcd(*whole) for weight in whole]

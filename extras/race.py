@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import batches
 import evaluate
 import train
 from cli import (
@@ -215,18 +216,18 @@ def measure_speed(racer: str, flags: list[str]) -> tuple[float, int, float]:
     with tempfile.TemporaryDirectory() as folder:
         args = train.parse_args([*flags_of(racer), "--out", folder, *flags])
         run = train.prepare(args, {}, {})
-        steps = train.batches(run.source, run.llm, args.batch_size, args.draws, 0)
+        steps = train.Batches(run.source, run.llm, args.batch_size, args.draws, 0)
         with stopwatch(run.llm.model.base_model) as clock:
             for captions, pictures in steps:
                 if run.step == WARM_UP:
                     started = time.perf_counter()
                     clock.clear()
-                elif run.step == WARM_UP + train.LOOK_AHEAD:
+                elif run.step == WARM_UP + batches.LOOK_AHEAD:
                     break
                 train.train_step(run, run.expert, captions, pictures)
             seconds = time.perf_counter() - started
             inside = sum(clock[1::2]) - sum(clock[::2])
-    return train.LOOK_AHEAD / seconds, args.batch_size, inside / seconds
+    return batches.LOOK_AHEAD / seconds, args.batch_size, inside / seconds
 
 
 @contextmanager

@@ -101,7 +101,8 @@ def heat(values: np.ndarray) -> np.ndarray:
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def stretch(values: np.ndarray, side: int) -> np.ndarray:
-    """(rows, columns) -> (side, side): each patch as a square, none blurred into the next."""
+def stretch(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(rows, columns) -> size, (height, width): each patch as a square, none blurred into the
+    next."""
     image = Image.fromarray(values.astype(np.float32))
-    return np.asarray(image.resize((side, side), Image.Resampling.NEAREST))
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.NEAREST))

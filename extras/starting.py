@@ -18,7 +18,7 @@ from inspection import check_same_llm
 from loading import file_sha256
 from model import ImageExpert, read_config
 
-MAY_DIFFER = {"llm", "image_size"}  # the LLM's place: it is what lies there that must be the same
+MAY_DIFFER = {"llm", "vae", "image_size"}  # places: it is what lies there that must be the same
 
 
 def expert_like(
@@ -75,6 +75,7 @@ def flags_of(plain: argparse.Namespace) -> dict:
         "template": made_for.get("template") or "{}",
         "read": None,
         "bridge": "mot",
+        "vae": made_for.get("vae", {}).get("name"),
         "size": None,
         "depth": None,
         "layers": None,

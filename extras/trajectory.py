@@ -18,7 +18,8 @@ from torch import Tensor
 from cli import write_whole
 from extras.grids import spread
 from extras.sheets import enlarge, sheet
-from sample import to_pixels
+from model import ImageExpert
+from sample import pixels_of
 
 COLUMNS = 12  # of a strip; the last is the finished picture
 STRIP_SIDE = 96  # pixels that a picture has at least, in a strip and in a film
@@ -33,11 +34,15 @@ class State(NamedTuple):
     t: float
     x: Tensor
     v: Tensor
+    expert: ImageExpert
 
-    @property
-    def clean(self) -> Tensor:
+    def picture(self) -> np.ndarray:
+        """x, as one sees it: (height, width, 3) uint8."""
+        return pixels_of(self.expert, self.x)
+
+    def clean(self) -> np.ndarray:
         """The picture that the velocity leads to."""
-        return self.x + (1 - self.t) * self.v
+        return pixels_of(self.expert, self.x + (1 - self.t) * self.v)
 
 
 def save_trajectory(
@@ -65,8 +70,8 @@ def strip_of(prompt: str, picture: np.ndarray, states: list[State]) -> Image.Ima
     for i in spread(len(states), COLUMNS - 1):
         state = states[i]
         label = f"t = {state.t:.2f}"
-        above.append((enlarge(to_pixels(state.x), STRIP_SIDE), label))
-        below.append((enlarge(to_pixels(state.clean), STRIP_SIDE), ""))
+        above.append((enlarge(state.picture(), STRIP_SIDE), label))
+        below.append((enlarge(state.clean(), STRIP_SIDE), ""))
     finished = enlarge(picture, STRIP_SIDE)
     above.append((finished, "t = 1"))
     below.append((finished, ""))
@@ -78,8 +83,8 @@ def film_of(picture: np.ndarray, states: list[State]) -> list[Image.Image]:
     finished = enlarge(picture, FILM_SIDE)
     frames = []
     for state in states:
-        x = enlarge(to_pixels(state.x), FILM_SIDE)
-        clean = enlarge(to_pixels(state.clean), FILM_SIDE)
+        x = enlarge(state.picture(), FILM_SIDE)
+        clean = enlarge(state.clean(), FILM_SIDE)
         frames.append(frame(x, clean, f"x_t, t = {state.t:.2f}"))
     frames.append(frame(finished, finished, "x_t, t = 1"))
     return frames

@@ -49,7 +49,7 @@ class Windows:
             self.pictures += [[] for _ in x]
         if self.step in self.kept:
             for i in range(len(x)):
-                state = State(t, x[i].float().cpu(), v[i].float().cpu())
+                state = State(t, x[i].float().cpu(), v[i].float().cpu(), self.expert)
                 self.pictures[self.first + i].append(state)
         self.last_t = t
         self.step += 1

@@ -30,7 +30,6 @@ from extras.thinking import Thinking, read_inside
 from extras.trajectory import State
 from llm import Context, FrozenLLM, Reading
 from model import ImageExpert
-from sample import to_pixels
 
 START = "(start)"  # the token that some LLMs read first; much attention rests there
 SIDE = 128  # pixels that a map has at least
@@ -103,12 +102,12 @@ def word_maps(expert: ImageExpert, llm: FrozenLLM, prompt: str, states: list[Sta
     text_share = weights[..., :T].sum(-1).mean().item()
 
     # the tokens of a word are added up, and its patches laid out row by row
-    side = math.isqrt(weights.shape[2])
+    columns = x_t.shape[3] // expert.patch
     words = []
     maps = []
     for word, tokens in words_of(llm, prompt):
         words.append(word)
-        maps.append(weights[..., tokens].sum(-1).unflatten(-1, (side, -1)))
+        maps.append(weights[..., tokens].sum(-1).unflatten(-1, (-1, columns)))
     return WordMaps(words, torch.stack(maps).cpu().numpy(), text_share)
 
 
@@ -239,7 +238,7 @@ def maps_sheet(picture: np.ndarray, found: WordMaps) -> Image.Image:
     grey = large.mean(axis=2, keepdims=True)
     tiles: list[Tile] = [(large, "")]
     for word, values in zip(found.words, found.mean()):
-        colors = heat(stretch(values / values.max(), len(large)))
+        colors = heat(stretch(values / values.max(), large.shape[:2]))
         over = (0.35 * grey + 0.65 * colors).round().astype(np.uint8)
         number = f"  {share(values.mean())}"
         font = caption_font(word, LETTERS)
@@ -262,14 +261,14 @@ def layers_sheet(states: list[State], found: WordMaps, word: str, layers: list[i
     columns = spread(len(states), LAYER_COLUMNS)
     first = []
     for i in columns:
-        clean = enlarge(to_pixels(states[i].clean), LAYER_SIDE)
+        clean = enlarge(states[i].clean(), LAYER_SIDE)
         first.append((clean, f"t = {states[i].t:.2f}"))
-    side = len(first[0][0])
+    size = first[0][0].shape[:2]
     rows = [first]
     for layer in range(len(layers)):
         row = []
         for i in columns:
-            row.append((heat(stretch(maps[i, layer] / largest, side)), ""))
+            row.append((heat(stretch(maps[i, layer] / largest, size)), ""))
         rows.append(row)
     left = ["predicted", *(f"layer {number}" for number in layers)]
     title = (

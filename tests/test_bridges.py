@@ -99,7 +99,7 @@ MIRROR = "--device cpu --dtype float32 --batch-size 8 --image-size 16 --patch 4 
 
 
 def take_steps(run: train.Run, n: int) -> None:
-    batches = train.batches(run.source, run.llm, 8, run.args.draws, run.step)
+    batches = train.Batches(run.source, run.llm, 8, run.args.draws, run.step)
     for _, (captions, pictures) in zip(range(n), batches):
         train.train_step(run, run.expert, captions, pictures)
 

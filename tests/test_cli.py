@@ -20,6 +20,7 @@ import tokenizers
 import torch
 from PIL import Image
 
+import batches
 import checkpoint
 import cli
 import evaluate
@@ -452,13 +453,13 @@ def test_large_pictures_are_not_drawn_many_steps_ahead(tiny_llm, monkeypatch):
         asked = []
         example = source.example
         source.example = lambda *given: asked.append(given) or example(*given)
-        steps = [next_step for _, next_step in zip(range(3), train.batches(source, llm, 8, 4, 0))]
+        steps = [next_step for _, next_step in zip(range(3), train.Batches(source, llm, 8, 4, 0))]
         return [len(asked), steps]
 
     many, expected = first_steps()
-    monkeypatch.setattr(train, "LOOK_AHEAD_BYTES", 2 * 8 * 3 * 16**2)
+    monkeypatch.setattr(batches, "LOOK_AHEAD_BYTES", 2 * 8 * 3 * 16**2)
     few, steps = first_steps()
-    assert (many, few) == (2 * train.LOOK_AHEAD, 2 * 4)
+    assert (many, few) == (2 * 2 * batches.LOOK_AHEAD, 2 * 6)  # these steps, and the next
     for (captions, pictures), (others, same) in zip(steps, expected):
         assert captions == others and np.array_equal(pictures, same)
 

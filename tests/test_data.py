@@ -146,7 +146,7 @@ def test_an_option_is_for_the_source_that_has_it(tmp_path):
         ("shapes", {"font": "x.ttf"}, "--data shapes has no option 'font'; it has one-object"),
         ("shapes", {"one_object": "2"}, "--data shapes:one-object: expected no value"),
         ("emoji", {"one_object": True}, "--data emoji has no option 'one-object'; it has font, v"),
-        ("emoji", {"font": True}, "--data emoji:font: expected a file, as in font=FILE"),
+        ("emoji", {"font": True}, "--data emoji:font: expected a value: font=VALUE"),
         (str(tmp_path), {"variants": True}, "has no option 'variants'; it has none"),
     ):
         with pytest.raises(ValueError, match=message):

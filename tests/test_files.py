@@ -18,7 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from data import Shapes, open_source
 from extras import files
-from extras.files import Folder, clean_text, read_lines, read_picture, read_text
+from extras.files import clean_text, read_lines, read_picture, read_text
+from extras.folders import Folder
 from extras.looking import open_picture
 from extras.prompts import read_prompts, split_layout
 from extras.thinking import with_reading
@@ -290,7 +291,7 @@ def test_folders_of_other_systems(tmp_path):
 def test_folder_faults(tmp_path):
     with pytest.raises(ValueError, match=r"holds no captioned picture \(0 pictures"):
         open_source(str(tmp_path), 16)
-    with pytest.raises(ValueError, match="expected shapes, emoji, edits, or an existing folder"):
+    with pytest.raises(ValueError, match="expected shapes, emoji, edits, hf:NAME, .tar files, or an existing folder"):
         open_source(str(tmp_path / "nowhere"), 16)
     save_pictures(tmp_path, {"good.png": "good", "bad.png": "bad", "worse.png": "worse"})
     (tmp_path / "bad.png").write_bytes(b"not a picture")
@@ -350,7 +351,7 @@ def both(path: Path, size: int = 16) -> list[np.ndarray]:
     image = open_picture(str(path))
     assert image.mode == "RGB"
     whole = image.resize((size, size), Image.Resampling.LANCZOS)
-    return [np.asarray(x).astype(int) for x in (read_picture(path, size), whole)]
+    return [np.asarray(x).astype(int) for x in (read_picture(path, (size, size)), whole)]
 
 
 UNDO = {
@@ -481,7 +482,7 @@ def test_damaged_pictures(kind, tmp_path):
     for _ in range(150):
         (tmp_path / "hurt").write_bytes(damaged(whole.getvalue(), rng))
         try:
-            outcomes.add(read_picture(tmp_path / "hurt", 8).size)
+            outcomes.add(read_picture(tmp_path / "hurt", (8, 8)).size)
         except ValueError as error:
             assert "hurt does not decode (" in str(error)
             outcomes.add(type(error.__cause__).__name__)
@@ -504,7 +505,7 @@ def test_colours_are_those_of_the_profile(mode, tmp_path):
     assert exchanged != srgb
     for profile, shown in ((exchanged, (0, 0, 255)), (srgb, (255, 0, 0)), (b"x", (255, 0, 0))):
         Image.new(mode, (8, 8), "red").save(tmp_path / "a.png", icc_profile=profile)
-        seen = read_picture(tmp_path / "a.png", 4).getpixel((2, 2))
+        seen = read_picture(tmp_path / "a.png", (4, 4)).getpixel((2, 2))
         assert all(abs(x - y) <= 3 for x, y in zip(seen, shown)), seen
 
 
@@ -525,7 +526,7 @@ def test_pictures_of_unsafe_size_are_refused(tmp_path):
         check = struct.pack(">I", zlib.crc32(head))
         (tmp_path / "big.png").write_bytes(raw.getvalue()[:12] + head + check + raw.getvalue()[33:])
         with pytest.raises(ValueError, match="big.png does not decode .DecompressionBomb"):
-            read_picture(tmp_path / "big.png", 8)
+            read_picture(tmp_path / "big.png", (8, 8))
         with pytest.raises(ValueError, match="--read image:.*big.png does not decode"):
             open_picture(str(tmp_path / "big.png"))
 
@@ -537,7 +538,7 @@ def test_what_is_no_damage_is_not_swallowed(kind):
             raise kind
 
     with pytest.raises(kind):
-        read_picture(File(), 8)
+        read_picture(File(), (8, 8))
 
 
 def photo(width: int, height: int) -> Image.Image:
@@ -567,9 +568,9 @@ def test_a_jpeg_at_a_fraction_of_its_size(width, height, kind, mode, tmp_path, m
     With the reduced size rounded to whole pixels it would be shifted: 30, and 2.6 on average.
     """
     photo(width, height).convert(mode).save(tmp_path / "photo", kind, quality=90)
-    cheap = np.asarray(read_picture(tmp_path / "photo", 32)).astype(int)
+    cheap = np.asarray(read_picture(tmp_path / "photo", (32, 32))).astype(int)
     monkeypatch.setattr(files, "DRAFT", 10**6)  # never: all pixels
-    difference = abs(np.asarray(read_picture(tmp_path / "photo", 32)) - cheap)
+    difference = abs(np.asarray(read_picture(tmp_path / "photo", (32, 32))) - cheap)
     assert (difference <= 16).all(), difference.max()
     assert 0 < difference.mean() < 0.5, difference.mean()
 
@@ -577,12 +578,12 @@ def test_a_jpeg_at_a_fraction_of_its_size(width, height, kind, mode, tmp_path, m
 def test_a_large_photo_is_not_decoded_whole(tmp_path):
     photo(4000, 3000).save(tmp_path / "photo.jpg", quality=90)
 
-    def seconds(side: int | None) -> float:
+    def seconds(size: tuple[int, int] | None) -> float:
         times = []
         for _ in range(3):
             started = time.perf_counter()
-            read_picture(tmp_path / "photo.jpg", side)
+            read_picture(tmp_path / "photo.jpg", size)
             times.append(time.perf_counter() - started)
         return min(times)
 
-    assert seconds(32) < 0.6 * seconds(None)
+    assert seconds((32, 32)) < 0.6 * seconds(None)

@@ -42,7 +42,7 @@ def test_sources_take_turns(tmp_path):
     folder = make_pictures(tmp_path / "mine", "red", "blue", "green")
     mixed = opened(f"shapes:one-object,{folder}:weight=2", seed=3)
     alone = [opened("shapes:one-object", seed=3), opened(str(folder), seed=3)]
-    turns = [(0, 0), (1, 0), (1, 1), (0, 1), (1, 2), (1, 3), (0, 2)]
+    turns = [(1, 0), (0, 0), (1, 1), (1, 2), (0, 1), (1, 3), (1, 4)]
     for index, (i, own) in enumerate(turns):
         caption, pictures = mixed.example(index, 2)
         its_caption, its_pictures = alone[i].example(own, 2)
@@ -51,6 +51,20 @@ def test_sources_take_turns(tmp_path):
     assert "33% shapes (" in mixed.about() and "67% " in mixed.about()
     assert mixed.made_for == {"mixed": ["shapes", str(folder)], "one_object": True}
     assert set(alone[1].prompts) <= set(mixed.prompts) and "a red circle" in mixed.prompts
+
+
+def test_weights_are_numbers_and_turns_are_even(tmp_path):
+    folder = make_pictures(tmp_path / "mine", "red")
+    whose = {}
+    for weights in ("0.5,0.5", "3,1.5", "0.3,0.7", "weight=2,weight=5"):
+        own, other = weights.split(",")
+        whose[weights] = "".join(str(i) for i, _ in opened(f"shapes:{own},{folder}:{other}").turns)
+    assert whose == {
+        "0.5,0.5": "01",
+        "3,1.5": "010",
+        "0.3,0.7": "1011011101",
+        "weight=2,weight=5": "1011101",
+    }
 
 
 def test_a_folder_with_commas_is_a_folder(tmp_path, monkeypatch):
@@ -69,12 +83,15 @@ def test_a_folder_with_commas_is_a_folder(tmp_path, monkeypatch):
 def test_what_is_no_mixture_is_refused(tmp_path):
     folder = make_pictures(tmp_path / "mine", "red")
     cases = {
-        "shapes,shapez": "--data shapez: expected shapes, emoji, edits, or an existing folder",
+        "shapes,shapez": "--data shapez: expected shapes, emoji, edits, hf:NAME, .tar files, or an existing folder",
         "shapes,": "--data shapes,: expected a source on each side of a comma",
         "shapes,shapes:one-object": "--data shapes,shapes: expected shapes once, not twice",
         "shapes:variants,emoji": "--data shapes has no option 'variants'; it has one-object",
-        f"shapes,{folder}:weight=0": "weight=0: expected a whole number from 1 to 100",
-        f"shapes,{folder}:weight": "expected a whole number from 1 to 100, as in weight=2",
+        f"shapes,{folder}:weight=0": "mine:0: expected one weight, a number above zero",
+        f"shapes,{folder}:weight": "expected one weight, a number above zero, as in 2, 0.5",
+        f"shapes,{folder}:0.5:weight=2": "mine:0.5: expected one weight",
+        f"shapes:nan,{folder}": "--data shapes has no option 'nan'",
+        f"shapes:1e9,{folder}": "the weights make 1000000001 turns; expected rounder numbers",
     }
     for text, message in cases.items():
         with pytest.raises(ValueError, match=message.replace("(", "[(]")):

@@ -28,7 +28,7 @@ def start(*flags) -> train.Run:
 
 
 def steps(run: train.Run, n: int) -> None:
-    batches = train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, run.step)
+    batches = train.Batches(run.source, run.llm, run.args.batch_size, run.args.draws, run.step)
     for _, (captions, pictures) in zip(range(n), batches):
         train.train_step(run, run.expert, captions, pictures)
 

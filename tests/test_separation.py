@@ -75,7 +75,7 @@ def test_who_learns(separation, ratio, tiny_run, llm_folder, tmp_path):
     assert optimized == {id(p) for p in run.expert.parameters()}
     assert all(p.requires_grad == bool(ratio) for p in run.llm.model.parameters())
 
-    captions, pictures = next(train.batches(run.source, run.llm, 8, 2, 0))
+    captions, pictures = next(train.Batches(run.source, run.llm, 8, 2, 0))
     train.train_step(run, run.expert, captions, pictures)
     steps = [largest(a, b) for a, b in zip(before, run.llm.model.parameters())]
     if not ratio:

@@ -29,7 +29,7 @@ def first(tiny_run, tmp_path):
 
 def losses_of(run: train.Run, n: int) -> list[float]:
     losses = []
-    batches = train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, run.step)
+    batches = train.Batches(run.source, run.llm, run.args.batch_size, run.args.draws, run.step)
     for _, (captions, pictures) in zip(range(n), batches):
         losses.append(train.train_step(run, run.expert, captions, pictures)[0].mean().item())
     return losses

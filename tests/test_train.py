@@ -36,7 +36,7 @@ def start(*flags) -> train.Run:
 
 def steps(run: train.Run, n: int) -> None:
     for _, (captions, pictures) in zip(
-        range(n), train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, run.step)
+        range(n), train.Batches(run.source, run.llm, run.args.batch_size, run.args.draws, run.step)
     ):
         train.train_step(run, run.expert, captions, pictures)
 
@@ -245,7 +245,7 @@ def test_one_batch_is_overfitted(tiny_run):
         "--patch",
         8,
     )
-    captions, pictures = next(train.batches(run.source, run.llm, 4, 1, 0))
+    captions, pictures = next(train.Batches(run.source, run.llm, 4, 1, 0))
     losses = [
         train.train_step(run, run.expert, captions, pictures)[0].mean().item() for _ in range(300)
     ]
@@ -268,7 +268,7 @@ def test_training_on_what_the_llm_writes(read, shown, tiny_run, tmp_path):
     frame.write_text("red => blue\n{} =>\n")
     run = start(*tiny_run, "--steps", 2, "--read", f"{read}:frame={frame}")
     steps(run, 1)
-    captions, _ = next(train.batches(run.source, run.llm, 8, run.args.draws, 0))
+    captions, _ = next(train.Batches(run.source, run.llm, 8, run.args.draws, 0))
     assert set(captions) <= set(run.llm.reader.written), "every caption was written about"
     checkpoint.save_run(run)
     frame.unlink()  # it stands in the checkpoint
@@ -323,7 +323,7 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_run, llm_folder, t
         (["--data", "shapes:variants"], "--data shapes has no option 'variants'"),
         (
             ["--data", "shapez"],
-            "--data shapez: expected shapes, emoji, edits, or an existing folder",
+            "--data shapez: expected shapes, emoji, edits, hf:NAME, .tar files, or an existing folder",
         ),
         (["--template", "a picture"], "--template 'a picture': expected a text with one {}"),
         (["--read", "after"], "--read after: the template '{}' has no text after the caption"),
@@ -433,7 +433,7 @@ def test_loss_is_lower_where_the_caption_is_right(tiny_run):
     another's."""
     run = start(*tiny_run, "--steps", 250, "--batch-size", 16, "--lr", 3e-3, "--patch", 8)
     steps(run, 250)
-    captions, pictures = next(train.batches(run.source, run.llm, 64, 1, 0))
+    captions, pictures = next(train.Batches(run.source, run.llm, 64, 1, 0))
     data = sample.to_tensor(pictures, CPU)
     noise, t = (
         torch.randn(data.shape, generator=torch.Generator().manual_seed(0)),

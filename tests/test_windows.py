@@ -67,7 +67,7 @@ def test_the_states_are_those_of_the_sampler(steps, tiny_llm):
         times = [state.t for state in states]
         assert len(times) == min(steps, 48) and times[0] == 0 and times == sorted(times)
         if steps <= 48:
-            assert np.array_equal(sample.to_pixels(states[-1].clean), picture)
+            assert np.array_equal(states[-1].clean(), picture)
 
 
 def test_who_watches_sees_the_guided_velocity():
