@@ -272,7 +272,7 @@ def read_shard(folder: Path, number: int) -> dict:
     """Its captions, and which rows are held out. ValueError if it is not there, or damaged."""
     try:
         with safe_open(shard_path(folder, number), "np") as file:
-            told = {key: json.loads(text) for key, text in file.metadata().items()}
+            told = json.loads(file.metadata()["told"])
             if file.get_slice("latents").get_shape()[0] == len(told["captions"]):
                 return told
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError):
@@ -337,8 +337,8 @@ def write_shard(path: Path, vae: VAE, source, numbers: range) -> None:
     if not rows:
         raise ValueError(f"none of the pictures {numbers.start} to {numbers.stop} decodes")
     x = vae.encode(np.stack([picture for _, picture, _ in rows])).cpu().half().contiguous()
-    told = {"captions": json.dumps(captions), "held_out": json.dumps(held_out)}
-    write_whole(path, lambda file: save_file({"latents": x}, file, metadata=told))
+    told = json.dumps({"captions": captions, "held_out": held_out})
+    write_whole(path, lambda file: save_file({"latents": x}, file, metadata={"told": told}))
 
 
 def picture_of(source, number: int) -> tuple[str, np.ndarray, bool] | None:

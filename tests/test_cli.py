@@ -453,7 +453,9 @@ def test_large_pictures_are_not_drawn_many_steps_ahead(tiny_llm, monkeypatch):
         asked = []
         example = source.example
         source.example = lambda *given: asked.append(given) or example(*given)
-        steps = [next_step for _, next_step in zip(range(3), train.Batches(source, llm, 8, 4, 0))]
+        made = train.Batches(source, llm, 8, 4, 0)
+        steps = [next_step for _, next_step in zip(range(3), made)]
+        made.pool.shutdown(wait=True)
         return [len(asked), steps]
 
     many, expected = first_steps()

@@ -295,7 +295,7 @@ def test_evaluate_refuses_bad_input(two_runs, tmp_path, capsys):
     expert.save_pretrained(tmp_path / "elsewhere")
     told = answer("--ckpt", tmp_path / "elsewhere")
     assert "was trained on my-pictures; the suites are geneval" in told
-    assert "for shapes" in told and "extras/ has suites for other data" in told
+    assert "for shapes" in told and "for other data: --suite held-out, and extras/" in told
     told = answer("--ckpt", two_runs[0], "--width", "3")
     assert "--width" in told, "a flag of train.py means nothing here"
 

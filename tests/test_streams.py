@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import datasets
@@ -15,11 +16,10 @@ import sample
 import train
 from batches import Batches
 from checkpoint import STATE
-from conftest import CPU
 from data import open_source
 from extras.captioned import HELD_OUT_FROM, WIDEST, bucket_shapes
 from extras.files import read_picture
-from extras.streams import HubSet, Shards, shard_files
+from extras.streams import Shards, shard_files
 from flags import data_form
 from model import read_safetensors
 
@@ -177,13 +177,18 @@ def test_a_run_on_shards_goes_on_exactly_where_it_was(tiny_run, tmp_path):
     train.train(run, until=3)
     (tmp_path / "shards").rename(tmp_path / "moved")
     train.main(["--resume", "--out", parts, "--data", str(tmp_path / "moved" / "*.tar")])
-    expected, found = read_safetensors(f"{whole}/{STATE}")[1], read_safetensors(f"{parts}/{STATE}")[1]
+    expected, found = (
+        read_safetensors(f"{whole}/{STATE}")[1],
+        read_safetensors(f"{parts}/{STATE}")[1],
+    )
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
     write_tar(tmp_path / "moved" / "003.tar", {"a.png": png("red"), "a.txt": b"no. 12, red"})
     with pytest.raises(ValueError, match="has changed"):
-        train.main(["--resume", "--out", parts, "--steps", "6", "--data", f"{tmp_path}/moved/*.tar"])
+        train.main(
+            ["--resume", "--out", parts, "--steps", "6", "--data", f"{tmp_path}/moved/*.tar"]
+        )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -360,3 +365,37 @@ def test_a_tenth_is_held_out_by_the_picture_not_its_name(tmp_path):
     for path in list(folder.iterdir())[2 * (HELD_OUT_FROM - 1) :]:
         path.unlink()
     assert not open_source(str(folder), 16).held_out
+
+
+def test_the_loss_on_what_is_held_out(tiny_run, tmp_path, monkeypatch, capsys):
+    """By t, with intervals; for one's own pictures and for what is drawn on the fly; the same run
+    beside itself differs by nothing."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(120):
+        stripes(folder / f"{i}.png", 4 + i, 8)
+    run = str(tmp_path / "run")
+    train.main([*tiny_run, "--data", str(folder), "--steps", "3"])
+    score = ["--suite", "held-out", "--device", "cpu", "--dtype", "float32", "--limit", "9"]
+    evaluate.main(["--ckpt", run, *score])
+    found = json.loads((tmp_path / "run" / "partial" / "evaluate.json").read_text())["held-out"]
+    assert found["pictures"] == 9 and len(found["by_t"]) == 5
+    for line in [*found["by_t"], found["all"]]:
+        low, high = line["interval"]
+        assert 0 < low < line["loss"] < high < 1e4
+    mean = np.mean([line["loss"] for line in found["by_t"]])
+    assert abs(mean - found["all"]["loss"]) < 1e-4 * mean
+    assert "loss on 9 pictures that training never saw" in capsys.readouterr().out
+
+    shapes = str(tmp_path / "shapes")
+    train.main([*tiny_run, "--out", shapes, "--steps", "2"])
+    shutil.copytree(shapes, tmp_path / "same")
+    evaluate.main(["--ckpt", shapes, "--versus", str(tmp_path / "same"), *score])
+    scores = json.loads((tmp_path / "shapes" / "partial" / "evaluate.json").read_text())
+    assert scores["held-out"]["difference"]["all"] == {"loss": 0.0, "interval": [0.0, 0.0]}
+    with pytest.raises(ValueError, match="for shapes, .*for other data: --suite held-out"):
+        evaluate.main(["--ckpt", run])
+    for path in list(folder.glob("*.png"))[50:]:
+        path.unlink()
+    with pytest.raises(ValueError, match="70 pictures|50 pictures.* is held out; too few"):
+        evaluate.main(["--ckpt", run, *score])
