@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from extras.files import Folder, read_records, text_in
+from extras.files import Folder, read_records
+from extras.inside import metadata_in
 
 
 def open_folder(root: str | Path, image_size: int, seed: int = 0) -> Folder:
     """A folder of captioned pictures, or of edits."""
-    metadata = Path(root) / "metadata.jsonl"
-    if metadata.is_file() and any("before" in record for _, record in read_records(metadata)):
+    metadata = metadata_in(Path(root))
+    if metadata and any("before" in record for _, record in read_records(metadata)):
         return EditFolder(root, image_size, seed)
     return Folder(root, image_size, seed)
 
@@ -37,13 +38,12 @@ class EditFolder(Folder):
         pairs = []
         lines = zip(read_records(self.metadata), super()._read_metadata())
         for (where, record), (path, caption) in lines:
-            before = text_in(record, "before", where)
-            if not before:
+            before = self.picture_of(record, "before", where)
+            if before is None:
                 raise ValueError(
                     f'{where}: no "before"; expected, as in other lines of it, the name of the '
                     "picture before the edit"
                 )
-            before = self.root / before.replace("\\", "/")
             if before.is_file():
                 self.before[path, caption] = before
                 pairs.append((path, caption))

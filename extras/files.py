@@ -12,10 +12,12 @@ import json
 import os
 import warnings
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
+
+from extras.inside import Inside, files_in, metadata_in
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CACHE_BYTES = 256e6  # of decoded pictures: what fits is decoded once, not every epoch
@@ -26,7 +28,7 @@ class Folder:
 
     Left out and counted: pictures without a caption or with an empty one, and pictures that
     metadata.jsonl names and that are not there. One that does not decode is skipped and counted in
-    `skipped`. ValueError if none is left.
+    `skipped`. ValueError if none is left, or if a name or a link leads out of the folder.
     """
 
     made_for = {}  # it has no options
@@ -35,8 +37,9 @@ class Folder:
         self.root = Path(root)
         self.image_size = image_size
         self.seed = seed
-        self.metadata = self.root / "metadata.jsonl"
-        self.listed = self.metadata.is_file()
+        self.inside = Inside(self.root)
+        self.metadata = metadata_in(self.root)
+        self.listed = self.metadata is not None
         named = self._read_metadata() if self.listed else self._read_sidecars()
 
         # what is there, what has a caption, and what is left out
@@ -88,9 +91,7 @@ class Folder:
         """Changes with the pictures' names, captions and sizes of files; not with their times."""
         digest = hashlib.sha256()
         for path, caption in self.pairs:
-            name = path
-            if path.is_relative_to(self.root):  # metadata.jsonl may name others
-                name = path.relative_to(self.root)
+            name = path.relative_to(self.root)
             digest.update(repr((name.as_posix(), path.stat().st_size, caption)).encode())
         return digest.hexdigest()
 
@@ -103,13 +104,29 @@ class Folder:
     def _read_metadata(self) -> list[tuple[Path, str]]:
         named = []
         for where, record in read_records(self.metadata):
-            name = text_in(record, "file_name", where)
+            path = self.picture_of(record, "file_name", where)
             caption = text_in(record, "text", where) or ""
-            if not name:
+            if path is None:
                 raise ValueError(f"{where}: no file_name; expected a picture's name, and its text")
-            name = name.replace("\\", "/")  # as Windows writes it
-            named.append((self.root / name, caption.strip()))
+            named.append((path, caption.strip()))
         return named
+
+    def picture_of(self, record: dict, key: str, where: str) -> Path | None:
+        """The picture that a line of metadata.jsonl names under `key`; None if it names none.
+        ValueError if it is outside of the folder."""
+        name = text_in(record, key, where)
+        if not name:
+            return None
+        name = name.replace("\\", "/")  # as Windows writes it
+        if PurePath(name).anchor or os.path.normpath(name).split(os.sep)[0] == "..":
+            raise ValueError(
+                f"{where}: {key} {json.dumps(name)[:60]} leads out of {self.root}; expected the "
+                "name of a picture in that folder: put the picture there"
+            )
+        path = self.root / name
+        if os.path.isfile(path):
+            self.inside.check(str(path))
+        return path
 
     def _read_sidecars(self) -> list[tuple[Path, str]]:
         texts = {path.with_suffix(""): path for path in files_in(self.root, {".txt"})}
@@ -198,27 +215,6 @@ def text_in(record: dict, key: str, where: str) -> str | None:
     if value is None:
         return None
     return clean_text(value)
-
-
-def files_in(root: Path, suffixes: set[str], below: bool = True) -> list[Path]:
-    """The files with one of these suffixes in a folder and, if so wanted, in those below it.
-
-    Suffixes count in capitals too. Hidden files do not: Mac's "._a.png" is no picture. Links to
-    folders are followed, each folder once: they may lead in circles.
-    """
-    paths = []
-    seen = set()
-    for folder, inner, names in os.walk(root, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in seen:
-            inner.clear()
-            continue
-        seen.add(place)
-        inner[:] = sorted(name for name in inner if below and not name.startswith("."))
-        for name in names:
-            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("."):
-                paths.append(Path(folder, name))
-    return sorted(paths)
 
 
 # --------------------------------------------------------------------------------------------------
