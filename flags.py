@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from cli import OneLineParser, between, colon_form, positive, seed_number, share, words
-from patches import PATCHERS
+from patches import LARGEST_SIDE, PATCHERS
 
 EMA_DECAY = 0.999  # of the weights' moving average, which is what is saved to draw with
 TIME_MEAN = -0.4  # of the logit-normal time at 32 pixels: below zero it leans to the noise
@@ -157,7 +157,7 @@ def make_parser() -> OneLineParser:
     add = parser.add_argument_group("what is learned").add_argument
     data = "shapes, shapes:one-object, emoji, a folder; several with commas: shapes,emoji"
     add("--data", default="shapes", help=data)
-    add("--image-size", type=between(1, 16384, int), default=64, help="side in pixels")
+    add("--image-size", type=between(1, LARGEST_SIDE, int), default=64, help="side in pixels")
     tokens = "side of an image token in pixels (default: 16, or a quarter of a small picture)"
     add("--patch", type=positive(int), help=tokens)
     add("--patcher", default="unet", choices=PATCHERS, help="from pixels to tokens and back")
