@@ -91,7 +91,7 @@ def load_llm(
         raise cannot_load(name, error) from None
 
     if random_seed is not None:
-        model = with_fresh_weights(auto, model, random_seed, trust_remote_code)
+        model = with_fresh_weights(auto, model, dtype, random_seed, trust_remote_code)
     folder = None if Path(where).exists() else folder_of(name, revision)
     commit = folder.name if folder else None
     try:
@@ -104,12 +104,14 @@ def load_llm(
         raise cannot_load(name, error) from error
 
 
-def with_fresh_weights(auto: type, model: nn.Module, seed: int, trust: bool) -> nn.Module:
+def with_fresh_weights(
+    auto: type, model: nn.Module, dtype: torch.dtype, seed: int, trust: bool
+) -> nn.Module:
     """The control: nothing but the architecture."""
     torch.manual_seed(seed)
     fresh = auto.from_config(model.config, dtype=torch.float32, trust_remote_code=trust)
     for weight in fresh.parameters():  # fresh.to(dtype) would round rotary frequencies too
-        weight.data = weight.data.to(model.dtype)
+        weight.data = weight.data.to(dtype)
     return fresh
 
 
