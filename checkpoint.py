@@ -25,7 +25,8 @@ from torch import Tensor
 from cli import write_text, write_whole
 from inspection import check_same_llm
 from loading import ask_hub
-from model import ImageExpert, name_of, read_config, read_expert, read_safetensors
+from model import ImageExpert
+from weights import name_of, read_config, read_expert, read_safetensors
 
 STATE = "train_state.safetensors"
 TIME_BINS = 5  # of equal width in t

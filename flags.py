@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from cli import OneLineParser, between, colon_form, positive, seed_number, share, words
-from patches import PATCHERS
+from patches import LARGEST_SIDE, PATCHERS
 
 EMA_DECAY = 0.999  # of the weights' moving average, which is what is saved to draw with
 TIME_MEAN = -0.4  # of the logit-normal time at 32 pixels: below zero it leans to the noise
@@ -177,7 +177,7 @@ def add_what_is_learned(parser: OneLineParser) -> None:
     add = parser.add_argument_group("what is learned").add_argument
     data = "shapes, shapes:one-object, emoji, a folder, 'DIR/*.tar', hf:NAME; several with commas"
     add("--data", default="shapes", help=data)
-    add("--image-size", type=between(1, 16384, int), default=64, help="side in pixels")
+    add("--image-size", type=between(1, LARGEST_SIDE, int), default=64, help="side in pixels")
     buckets = "pictures keep their shape, nearly: a batch has one of a few (extras/captioned.py)"
     add("--buckets", action="store_true", help=buckets)
     vae = "draw latents of this autoencoder, a Hub id or a folder (extras/latents.py)"

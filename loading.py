@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -27,10 +27,14 @@ from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from llm import NO_LIMIT, FrozenLLM
+from weights import PICKLED, WHAT_TO_DO, check_config, no_larger_than, nothing_unpickled
+
+# of a model without safetensors the library would ask the Hub for a conversion
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
 def decoder_class(config: type) -> type:
@@ -83,21 +87,32 @@ def load_llm(
     try:
         writes = check_weights(model, found)
         check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
-    except ValueError as error:
+    except Exception as error:  # a tokenizer's file may be broken in any way
         raise cannot_load(name, error) from None
 
-    # the control: nothing but the architecture
     if random_seed is not None:
-        torch.manual_seed(random_seed)
-        trust = {"trust_remote_code": trust_remote_code}
-        model = auto.from_config(model.config, dtype=torch.float32, **trust)
-        for weight in model.parameters():  # model.to(dtype) would round rotary frequencies too
-            weight.data = weight.data.to(dtype)
-    commit = None if Path(where).exists() else commit_of(name, revision)
+        model = with_fresh_weights(auto, model, dtype, random_seed, trust_remote_code)
+    folder = None if Path(where).exists() else folder_of(name, revision)
+    commit = folder.name if folder else None
     try:
         return frozen(model.to(device), tokenizer, name, cache_mb, commit, writes)
     except ValueError as error:
         raise ValueError(f"--llm {name}: {error}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a configuration may say what fails only where it is used
+        raise cannot_load(name, error) from error
+
+
+def with_fresh_weights(
+    auto: type, model: nn.Module, dtype: torch.dtype, seed: int, trust: bool
+) -> nn.Module:
+    """The control: nothing but the architecture."""
+    torch.manual_seed(seed)
+    fresh = auto.from_config(model.config, dtype=torch.float32, trust_remote_code=trust)
+    for weight in fresh.parameters():  # fresh.to(dtype) would round rotary frequencies too
+        weight.data = weight.data.to(dtype)
+    return fresh
 
 
 def place_of(name: str) -> str | Path:
@@ -119,13 +134,25 @@ def read_files(
 ) -> tuple[type, nn.Module, object, dict]:
     """The class that loads the model, the model, its tokenizer, and what the library says of its
     weights. at: revision, local_files_only. OSError if a file is not there; else one line."""
+
+    def files() -> Iterable[Path]:
+        folder = folder_of(where, at["revision"])
+        return folder.rglob("*.safetensors") if folder else []
+
     try:
+        check_config(PreTrainedConfig.get_config_dict(where, **at)[0])
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust, **at)
         auto = auto_class(type(config))
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # named later
-        model, found = auto.from_pretrained(
-            where, dtype=dtype, trust_remote_code=trust, **options, **at
-        )
+        with nothing_unpickled(), no_larger_than(files):
+            model, found = auto.from_pretrained(
+                where,
+                dtype=dtype,
+                trust_remote_code=trust,
+                use_safetensors=True,
+                **options,
+                **at,
+            )
         adapter = find_adapter_config_file(where, **at)
         if adapter and not getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
@@ -140,10 +167,12 @@ def read_files(
         raise cannot_load(name, error) from None
 
 
-def commit_of(name: str, revision: str | None) -> str | None:
-    """The commit of a Hub model that was loaded: its client keeps snapshots/COMMIT/config.json."""
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(config).parent.name if isinstance(config, str) else None
+def folder_of(where: str | Path, revision: str | None) -> Path | None:
+    """Where a model's files lie; of a Hub id, in the local cache: snapshots/COMMIT."""
+    if Path(where).is_dir():
+        return Path(where)
+    config = try_to_load_from_cache(where, "config.json", revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 # -- why it does not load
@@ -175,6 +204,10 @@ def broken_file(folder: Path) -> str:
             return f"{path.name} is cut or damaged: fetch it again; "
     if not (folder / "config.json").exists():
         return "it has no config.json; expected a whole model, an adapter merged into its own; "
+    if not list(folder.glob("*.safetensors")):
+        for path in sorted(folder.iterdir()):
+            if path.suffix in PICKLED:
+                return f"{path.name}: {WHAT_TO_DO}; "
     return ""
 
 
@@ -182,7 +215,9 @@ def ask_hub(name: str) -> str | None:
     """Why the Hub does not give `name`, or None if it does: asked once, before the libraries start
     their long retries."""
     try:
-        model_info(name, timeout=5)
+        files = model_info(name, timeout=5).siblings or []
+        if files and not any(file.rfilename.endswith(".safetensors") for file in files):
+            return f"it has no weights that are opened here: {WHAT_TO_DO}"
     except HFValidationError:
         return "no such file or folder, and no name that a model on the Hub can have"
     except Exception as error:  # the Hub's client raises many kinds: each becomes one clear line
@@ -278,7 +313,8 @@ def convert_gguf(path: Path, sha256: str) -> Path:
     dense = {}
     if hasattr(transformers, "GgufConfig"):
         dense = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    with header_read_once():
+    with header_read_once(), no_larger_than(lambda: [path]):
+        check_config(PreTrainedConfig.get_config_dict(path.parent, gguf_file=path.name)[0])
         loaded = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.bfloat16, **dense
         )

@@ -9,12 +9,12 @@ Dv (the LLM layer's), C image channels.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from attention import joint_attention, text_mask
 from flow import to_velocity
 from llm import Context, FrozenLLM, TextLayer, round_up, select_layers
 from patches import PATCHERS
+from weights import read_expert
 
 
 class ImageExpert(nn.Module, PyTorchModelHubMixin):
@@ -106,7 +107,13 @@ class ImageExpert(nn.Module, PyTorchModelHubMixin):
         return cls(text_layers, width, heads, text_gains=gains, **more)
 
     def attach(self, llm: FrozenLLM) -> None:
-        """Have this LLM hand over what the expert looks at."""
+        """Have this LLM hand over what the expert looks at. ValueError if it has other layers."""
+        for layer in self.config.get("text_layers", ()):
+            if layer not in [asdict(own) for own in llm.layers]:
+                raise ValueError(
+                    f"the expert reads an attention layer {layer}, which {llm.name} has not; "
+                    "expected a checkpoint and the LLM that it was trained with"
+                )
         llm.keep(self.reads)
 
     def shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
@@ -339,47 +346,3 @@ def check_sizes(layers: list[TextLayer], width: int, heads: int, patch: int, sid
                 f"--heads {heads}: expected a multiple of the LLM's {layer.kv_heads} "
                 "key/value heads"
             )
-
-
-# -------------------------------------------------------------------------------------------------
-# loading
-
-
-def read_expert(path: str | Path, cls: type = ImageExpert) -> ImageExpert:
-    """A checkpoint's file -> the expert in it. ValueError if it is something else."""
-    metadata, weights = read_safetensors(path)
-    try:
-        expert = cls(**read_config(metadata))
-        expert.load_state_dict({name_of(name): weight for name, weight in weights.items()})
-    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{path} is not an image expert of this project ({why})") from None
-    return expert.eval()
-
-
-def read_config(metadata: dict[str, str]) -> dict:
-    """The arguments that build an expert again, out of its checkpoint."""
-    config = json.loads(metadata["config"])
-    if "hidden" in config:  # the name it had in older checkpoints
-        config["intermediate"] = config.pop("hidden")
-    config.setdefault("patcher", "linear")  # the only one they knew
-    return config
-
-
-def name_of(weight: str) -> str:
-    """A weight's name, also of an older checkpoint, as it is now."""
-    return f"patcher.{weight}" if weight.startswith(("embed.", "head.")) else weight
-
-
-def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file; nothing is unpickled. ValueError if it is missing, truncated
-    or something else."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return file.metadata() or {}, tensors
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} does not read as safetensors "
-            f"(missing, truncated, a git-lfs pointer, or another kind of file): {error}"
-        ) from None

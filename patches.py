@@ -15,6 +15,8 @@ Shapes: B images of C channels and height x width pixels, N tokens, D expert wid
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LARGEST_SIDE = 16384  # of a picture, in pixels
+
 
 class LinearPatcher(nn.Module):
     """A patch's pixels times a matrix. (fading: of skips, and it has none.)"""

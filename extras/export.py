@@ -21,7 +21,8 @@ import torch
 
 from checkpoint import STATE, load_expert, pick_checkpoint
 from cli import OneLineParser, make_folder, one_line_errors, write_text, write_whole
-from model import ImageExpert, read_safetensors
+from model import ImageExpert
+from weights import read_safetensors
 
 WEIGHTS = "model.safetensors"
 

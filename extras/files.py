@@ -6,7 +6,6 @@ Whatever is damaged is a ValueError that names the file and says what to do.
 import codecs
 import io
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -82,27 +81,6 @@ def text_in(record: dict, key: str, where: str) -> str | None:
     if value is None:
         return None
     return clean_text(value)
-
-
-def files_in(root: Path, suffixes: set[str], below: bool = True) -> list[Path]:
-    """The files with one of these suffixes in a folder and, if so wanted, in those below it.
-
-    Suffixes count in capitals too. Hidden files do not: Mac's "._a.png" is no picture. Links to
-    folders are followed, each folder once: they may lead in circles.
-    """
-    paths = []
-    seen = set()
-    for folder, inner, names in os.walk(root, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in seen:
-            inner.clear()
-            continue
-        seen.add(place)
-        inner[:] = sorted(name for name in inner if below and not name.startswith("."))
-        for name in names:
-            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith("."):
-                paths.append(Path(folder, name))
-    return sorted(paths)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,19 +10,21 @@ of edits, all lines or none of them with "before":
 """
 
 import hashlib
+import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
 from extras.captioned import Captioned
-from extras.files import PICTURE_SUFFIXES, files_in, read_records, read_text, text_in
+from extras.files import PICTURE_SUFFIXES, read_records, read_text, text_in
+from extras.inside import Inside, files_in, metadata_in
 
 
 def open_folder(root: str | Path, image_size: int, seed: int = 0) -> Captioned:
     """A folder of captioned pictures, or of edits."""
-    metadata = Path(root) / "metadata.jsonl"
-    if metadata.is_file() and any("before" in record for _, record in read_records(metadata)):
+    metadata = metadata_in(Path(root))
+    if metadata and any("before" in record for _, record in read_records(metadata)):
         return EditFolder(root, image_size, seed)
     return Folder(root, image_size, seed)
 
@@ -31,13 +33,15 @@ class Folder(Captioned):
     """Pictures with captions: metadata.jsonl (Hugging Face's imagefolder), or a .txt beside each.
 
     Left out and counted: pictures without a caption or with an empty one, and pictures that
-    metadata.jsonl names and that are not there. ValueError if none is left.
+    metadata.jsonl names and that are not there. ValueError if none is left, or if a name or a link
+    leads out of the folder.
     """
 
     def __init__(self, root: str | Path, image_size: int, seed: int = 0):
         self.root = Path(root)
-        self.metadata = self.root / "metadata.jsonl"
-        self.listed = self.metadata.is_file()
+        self.inside = Inside(self.root)
+        self.metadata = metadata_in(self.root)
+        self.listed = self.metadata is not None
         named = self._read_metadata() if self.listed else self._read_sidecars()
 
         # what is there, what has a caption, and what is left out
@@ -61,21 +65,34 @@ class Folder(Captioned):
         return said
 
     def name_of(self, path: Path) -> str:
-        """Seen from its folder, if it is in it: metadata.jsonl may name others."""
-        if path.is_relative_to(self.root):
-            path = path.relative_to(self.root)
-        return path.as_posix()
+        return path.relative_to(self.root).as_posix()
 
     def _read_metadata(self) -> list[tuple[Path, str]]:
         named = []
         for where, record in read_records(self.metadata):
-            name = text_in(record, "file_name", where)
+            path = self.picture_of(record, "file_name", where)
             caption = text_in(record, "text", where) or ""
-            if not name:
+            if path is None:
                 raise ValueError(f"{where}: no file_name; expected a picture's name, and its text")
-            name = name.replace("\\", "/")  # as Windows writes it
-            named.append((self.root / name, caption.strip()))
+            named.append((path, caption.strip()))
         return named
+
+    def picture_of(self, record: dict, key: str, where: str) -> Path | None:
+        """The picture that a line of metadata.jsonl names under `key`; None if it names none.
+        ValueError if it is outside of the folder."""
+        name = text_in(record, key, where)
+        if not name:
+            return None
+        name = name.replace("\\", "/")  # as Windows writes it
+        if PurePath(name).anchor or os.path.normpath(name).split(os.sep)[0] == "..":
+            raise ValueError(
+                f"{where}: {key} {json.dumps(name)[:60]} leads out of {self.root}; expected the "
+                "name of a picture in that folder: put the picture there"
+            )
+        path = self.root / name
+        if os.path.isfile(path):
+            self.inside.check(str(path))
+        return path
 
     def _read_sidecars(self) -> list[tuple[Path, str]]:
         texts = {path.with_suffix(""): path for path in files_in(self.root, {".txt"})}
@@ -111,13 +128,12 @@ class EditFolder(Folder):
         pairs = []
         lines = zip(read_records(self.metadata), super()._read_metadata())
         for (where, record), (path, caption) in lines:
-            before = text_in(record, "before", where)
-            if not before:
+            before = self.picture_of(record, "before", where)
+            if before is None:
                 raise ValueError(
                     f'{where}: no "before"; expected, as in other lines of it, the name of the '
                     "picture before the edit"
                 )
-            before = self.root / before.replace("\\", "/")
             if before.is_file():
                 self.before[path, caption] = before
                 pairs.append((path, caption))

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from cli import save_picture, write_text
-from extras.files import files_in, read_lines, read_records, read_text, text_in
+from extras.files import read_lines, read_records, read_text, text_in
+from extras.inside import files_in
 
 EXPECTED = "expected a prompt a line, JSON objects, or a folder of .txt"
 

@@ -16,7 +16,8 @@ import torch
 from checkpoint import STATE, find_checkpoint, load_expert, tower_of
 from inspection import check_same_llm
 from loading import file_sha256
-from model import ImageExpert, read_config
+from model import ImageExpert
+from weights import read_config
 
 MAY_DIFFER = {"llm", "vae", "image_size"}  # places: it is what lies there that must be the same
 

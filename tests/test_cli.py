@@ -31,7 +31,7 @@ from conftest import save_tiny_llm
 from data import Shapes
 from extras import race
 from extras.renamed import RENAMED
-from model import read_safetensors
+from weights import read_safetensors
 
 ROOT = Path(__file__).parent.parent
 

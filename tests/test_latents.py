@@ -16,7 +16,7 @@ from conftest import CPU
 from extras import latents
 from extras.latents import VAE, downsampling, read_config
 from inspection import fingerprint
-from model import read_safetensors
+from weights import read_safetensors
 
 
 def save_vae(folder, seed=0, **options):

@@ -21,7 +21,7 @@ from extras.captioned import HELD_OUT_FROM, WIDEST, bucket_shapes
 from extras.files import read_picture
 from extras.streams import Shards, shard_files
 from flags import data_form
-from model import read_safetensors
+from weights import read_safetensors
 
 COLORS = ("red", "lime", "blue", "white", "black", "yellow", "magenta")
 

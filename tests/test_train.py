@@ -25,7 +25,7 @@ from conftest import CPU
 from flow import flow_loss
 from inspection import fingerprint
 from loading import load_llm
-from model import read_safetensors
+from weights import read_safetensors
 
 ROOT = Path(__file__).parent.parent
 
