@@ -11,6 +11,7 @@ shapes, colours, counts, and where things stand, if it says so. No network judge
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -141,13 +142,14 @@ def why_wrong(said: str, things: list[Thing]) -> str | None:
 
 
 def stands(scene: Scene, things: list[Thing]) -> bool:
-    """Whether the first group stands as the relation says, seen from the second: by what separates
-    the two most."""
-    first, second = (things_of(group, things)[0] for group in scene.groups)
-    dx, dy = first.x - second.x, first.y - second.y
-    if abs(dx) > abs(dy):
-        return RELATIONS[scene.relation] == (int(np.sign(dx)), 0)
-    return RELATIONS[scene.relation] == (0, int(np.sign(dy)))
+    """Whether a thing of the first group stands as the relation says, seen from another of the
+    second: by what separates the two most."""
+    for first, second in product(*[things_of(group, things) for group in scene.groups]):
+        dx, dy = first.x - second.x, first.y - second.y
+        way = (int(np.sign(dx)), 0) if abs(dx) > abs(dy) else (0, int(np.sign(dy)))
+        if first is not second and RELATIONS[scene.relation] == way:
+            return True
+    return False
 
 
 def things_of(group: Group, things: list[Thing]) -> list[Thing]:

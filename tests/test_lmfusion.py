@@ -457,6 +457,9 @@ def test_what_is_said_is_held_against_every_thing():
         "something": "no scene",
     }.items():
         assert why_wrong(said, [red, blue]) == why, said
+    over = [Thing("circle", COLORS["yellow"], 0.5, y, 0.15) for y in (0.25, 0.75)]
+    assert why_wrong("a yellow circle above a yellow circle", over) is None
+    assert why_wrong("a yellow circle left of a yellow circle", over) == "wrong relation"
     assert why_wrong("two fuchsia rings", [Thing("ring", COLORS["magenta"], 0, 0, 1)] * 2) is None
 
 
