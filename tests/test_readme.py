@@ -1,5 +1,6 @@
-"""Every command of README.md and RESULTS.md runs: with the real LLM where it names none (the race
-and the probe of an LLM, often loaded, with a tiny one), with fewer steps and a smaller expert."""
+"""Every command of README.md and RESULTS.md runs: with the real LLM where it names none (what comes
+often, the race and the runs of older results, with a tiny one), with fewer steps and a smaller
+expert."""
 
 import importlib
 import inspect
@@ -36,6 +37,7 @@ COMMANDS = [" ".join(line.split()) for line in LINES if line.startswith("python 
 TINY = "Qwen/Qwen2.5-0.5B"  # under this name, see `workplace`
 SHORT = {  # flags that make a command short; given last, they win
     "train.py": "--steps 2 --batch-size 8 --width 32 --depth 2",
+    "train.py --patcher": f"--steps 2 --batch-size 8 --width 32 --depth 2 --llm {TINY}",
     "train.py --resume": "--steps 3",
     "train.py --bridge": f"--steps 1 --batch-size 4 --llm {TINY}",
     "sample.py": "--steps 2",
@@ -111,7 +113,7 @@ def shortened(command: str) -> list[str]:
     words = shlex.split(command)[1:]
     name = words[1] if words[0] == "-m" else words[0]
     key = name
-    for flag in ("--resume", "--bridge", "--llm"):
+    for flag in ("--patcher", "--resume", "--bridge", "--llm"):
         if flag in words and f"{name} {flag}" in SHORT:
             key = f"{name} {flag}"
     if name == "extras.race":
