@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +45,9 @@ class Run:
     data_identity: dict[str, str]  # what the data is and, unless from the seed, its fingerprint
     step: int = 0  # steps done
     tasks: object = None  # beside drawing from captions: see extras/lmfusion_training.py
-    lm_losses: list[Tensor] = field(default_factory=list)  # of what was described, until logged
+    logged: int = 0  # the step of the last line of metrics.jsonl; since then:
+    losses: Tensor = field(default_factory=partial(torch.zeros, 2, checkpoint.TIME_BINS))
+    lm_losses: list[Tensor] = field(default_factory=list)  # of what was described
     loss: Callable = flow_loss  # the objective,
     law: Callable = sample_time  # and of its times
     rank: int = 0  # this process, of so many: see extras/parallel.py

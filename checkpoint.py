@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,13 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cli import write_text, write_whole
+from cli import remove, write_text, write_whole
 from inspection import check_same_llm
 from loading import ask_hub
 from model import ImageExpert
 from weights import name_of, read_config, read_expert, read_safetensors
 
 STATE = "train_state.safetensors"
+WEIGHTS = ("model.safetensors", "config.json")  # what is there to draw with
+KEPT = "kept.json"  # marks a folder that --keep has made
+LEFTOVERS = (f"tmp-{STATE}", "tmp-metrics.jsonl", "tmp-samples-*.png", "tmp-step-*")  # of a kill
 TIME_BINS = 5  # of equal width in t
 
 # -------------------------------------------------------------------------------------------------
@@ -37,7 +41,9 @@ TIME_BINS = 5  # of equal width in t
 
 def save_run(run) -> None:
     """Each file is written beside and then renamed: a kill at any moment leaves whole files, the
-    old or the new."""
+    old or the new. Of several processes the first writes for all."""
+    if run.rank:
+        return
     out = Path(run.args.out)
     moments = {}  # parameter -> what its optimizer remembers of it
     for optimizer in run.optimizers:
@@ -54,6 +60,9 @@ def save_run(run) -> None:
         "args": json.dumps(vars(run.args)),
         "tower": type(run.expert).__name__,
         "config": json.dumps(run.expert.config),
+        "interval": json.dumps(
+            [run.logged, run.losses.tolist(), [loss.item() for loss in run.lm_losses]]
+        ),
         **run.data_identity,
     }
 
@@ -64,7 +73,35 @@ def save_run(run) -> None:
         if (out / "README.md").exists():  # the user's own
             (folder / "README.md").unlink()
 
+    if run.args.keep:
+        from extras.keeping import keep_present, remove_older
+
+        keep_present(out)
     write_whole(out / STATE, write)
+    if run.args.keep:
+        remove_older(out, run.args.keep)
+
+
+def put_in_order(run) -> None:
+    """What a kill has left half done in the run's folder, which is locked now, is finished or
+    cleared away. ValueError if another process has trained there since this run was read."""
+    out = Path(run.args.out)
+    if not run.step:
+        refuse_overwriting(run.args.out)
+    elif step_of_run(run.args.out) not in (run.step, None):
+        raise ValueError(f"{out}: another process has trained there meanwhile; start once more")
+    beside = out / f"tmp-{STATE}"
+    if run.step and not (beside / STATE).exists():  # the first to be moved: all were whole
+        for name in (*WEIGHTS, "README.md"):
+            if (beside / name).exists():
+                os.replace(beside / name, out / name)
+    for pattern in LEFTOVERS:
+        for path in out.glob(pattern):
+            remove(path)
+    if run.args.keep:
+        from extras.keeping import remove_older
+
+        remove_older(out, run.args.keep)
 
 
 def load_run(run, metadata: dict, tensors: dict) -> None:
@@ -80,7 +117,11 @@ def load_run(run, metadata: dict, tensors: dict) -> None:
                 "go on with the LLM and the code that it was made with, or start another run "
                 "(--out)"
             )
-    run.step = int(metadata["step"])
+    run.step = run.logged = int(metadata["step"])
+    if "interval" in metadata:  # older runs have none
+        run.logged, losses, lm_losses = json.loads(metadata["interval"])
+        run.losses.copy_(torch.tensor(losses))
+        run.lm_losses += torch.tensor(lm_losses, device=run.device)
     parts = {}  # name of a parameter -> {"expert", "ema", and the optimizer's moments of it}
     for key, value in tensors.items():
         part, name = key.split(".", 1)
@@ -127,10 +168,10 @@ def refuse_overwriting(out: str) -> None:
         raise ValueError(
             f"{out} already holds a run: --resume goes on with it, --out NAME starts another"
         )
-    for name in ("model.safetensors", "config.json"):  # of an LLM, say, or of a downloaded run
-        if (Path(out) / name).exists():
+    for name in (*WEIGHTS, f"step-*/{KEPT}"):  # of an LLM, say, or of a downloaded run
+        for path in Path(out).glob(name):
             raise ValueError(
-                f"{out} already holds a {name}, which a run would overwrite; "
+                f"{out} already holds a {path.relative_to(out)}, which a run would overwrite; "
                 "--out NAME names another folder"
             )
 
@@ -138,8 +179,8 @@ def refuse_overwriting(out: str) -> None:
 # -------------------------------------------------------------------------------------------------
 # going on
 
-MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every", "vae"}
-MAY_MOVE = {"llm", "data"}  # places: it is what lies there that must be the same
+MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every", "keep"}
+MAY_MOVE = {"llm", "data", "vae"}  # places: it is what lies there that must be the same
 
 
 def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Namespace, dict, dict]:
@@ -157,17 +198,11 @@ def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Nam
     metadata, tensors = read_safetensors(state)
     try:
         stored = json.loads(metadata["args"])
-        if "one_object" in stored:
+        config = json.loads(metadata["config"])
+        if "one_object" in stored or "patcher" not in stored:
             from extras.older_runs import in_new_words
 
-            stored = in_new_words(stored)
-        config = json.loads(metadata["config"])
-        if "patcher" not in stored:  # an older run: other defaults, and --size meant other sizes
-            stored["patcher"] = "linear"
-            if stored["data"] == "shapes":
-                stored["data"] = "shapes:colored"
-            if "text_layers" in config:
-                stored |= {"width": config["width"], "depth": len(config["text_layers"])}
+            stored = in_new_words(stored, config)
         stored = vars(parse_args(["--out", args.out], stored))
         config["made_for"]
         int(metadata["step"])
@@ -175,7 +210,9 @@ def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Nam
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"{state} is not the state of a training run ({why})") from None
     merged = parse_args(argv, stored)
-    may_change = MAY_CHANGE | (MAY_MOVE if "data_fingerprint" in metadata else {"llm"})
+    may_change = MAY_CHANGE | MAY_MOVE
+    if "data_fingerprint" not in metadata:  # nothing would tell that they are others
+        may_change -= {"data"}
     for key, value in vars(merged).items():
         if key not in may_change and value != stored.get(key):
             flag = key.replace("_", "-")
@@ -271,37 +308,55 @@ def find_checkpoint(ckpt: str, flag: str = "--ckpt") -> Path:
 
 class Metrics:
     """metrics.jsonl: the loss per bin of t, and the speed, of every interval. A resumed run drops
-    what it will do again."""
+    what it will do again. One that was stopped within an interval has a line of its part; it goes
+    on with that interval, and the line of the whole takes the part's place."""
 
     def __init__(self, run, batches):
         self.run = run
         self.batches = batches
         self.path = Path(run.args.out) / "metrics.jsonl"
-        lines = []
-        if self.path.exists():
-            lines = self.path.read_text("utf-8", "replace").split("\n")
-        kept = [f"{line}\n" for line in lines if step_of(line) <= run.step]
-        if run.rank == 0:
-            write_text(self.path, "".join(kept))
+        self.drop_after(run.step)
+        self.has_part = run.logged < run.step
         self.first = run.step
         self.started = time.perf_counter()
         self.llm_before = run.llm.seconds
-        self.sum = torch.zeros(TIME_BINS)
-        self.count = torch.zeros(TIME_BINS)
+        if run.rank:  # the first process has the sums of all
+            run.losses.zero_()
 
-    def add(self, losses: Tensor, t: Tensor) -> None:
+    def drop_after(self, step: int) -> None:
+        if self.run.rank:
+            return
+        lines = []
+        if self.path.exists():
+            lines = self.path.read_text("utf-8", "replace").split("\n")
+        kept = [f"{line}\n" for line in lines if step_of(line) <= step]
+        write_text(self.path, "".join(kept))
+
+    def add(self, losses: Tensor, t: Tensor, norm: Tensor) -> None:
+        self.norm = norm
         bins = (t.cpu() * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-        self.sum.index_add_(0, bins, losses.cpu())
-        self.count.index_add_(0, bins, torch.ones(len(bins)))
+        sums = torch.stack([losses.cpu(), torch.ones(len(bins))])
+        self.run.losses.index_add_(1, bins, sums)
+
+    def sum_up(self) -> None:
+        """Of several processes, the first gets the sums of all."""
+        if self.run.ranks > 1:
+            from extras.parallel import sum_over_ranks
+
+            sum_over_ranks(self.run.losses)
+        if self.run.rank:
+            self.run.losses.zero_()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave out what is not training."""
         before = time.perf_counter()
         llm_before = self.run.llm.seconds
-        yield
-        self.started += time.perf_counter() - before
-        self.llm_before += self.run.llm.seconds - llm_before
+        try:
+            yield
+        finally:
+            self.started += time.perf_counter() - before
+            self.llm_before += self.run.llm.seconds - llm_before
 
     def speed(self) -> tuple[float, float, float]:
         """Images per second; of the time the shares of the LLM, and of waiting for data."""
@@ -310,19 +365,17 @@ class Metrics:
         llm_seconds = self.run.llm.seconds - self.llm_before
         return images / seconds, llm_seconds / seconds, self.batches.waited / seconds
 
-    def write(self, norm: Tensor) -> str:
-        if self.run.ranks > 1:
-            from extras.parallel import sum_over_ranks
-
-            for counted in (self.sum, self.count):
-                sum_over_ranks(counted)
+    def write(self) -> str:
+        """The line of the steps since the last one, and what the progress bar says of them."""
+        self.sum_up()
+        total, count = self.run.losses
         images_per_second, llm_share, data_share = self.speed()
-        loss = (self.sum.sum() / self.count.sum()).item()
+        loss = (total.sum() / count.sum()).item()
         line = {
             "step": self.run.step,
             "loss": loss,
-            "loss_by_t": (self.sum / self.count.clamp(min=1)).tolist(),
-            "grad_norm": norm.item(),
+            "loss_by_t": (total / count.clamp(min=1)).tolist(),
+            "grad_norm": self.norm.item(),
             "lr": self.run.optimizers[0].param_groups[0]["lr"],
             "images_per_second": images_per_second,
             "llm_share": llm_share,
@@ -333,10 +386,13 @@ class Metrics:
         if self.run.lm_losses:
             line["lm_loss"] = torch.stack(self.run.lm_losses).mean().item()
             self.run.lm_losses.clear()
+        if self.has_part:
+            self.drop_after(self.run.logged)
+            self.has_part = False
         if self.run.rank == 0:
             self.append(line)
-        self.sum.zero_()
-        self.count.zero_()
+        self.run.losses.zero_()
+        self.run.logged = self.run.step
         return f"loss {loss:.4f}, {images_per_second:.0f} images/s"
 
     def append(self, line: dict) -> None:

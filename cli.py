@@ -48,10 +48,7 @@ def start() -> None:
 
 def one_line_errors(main: Callable[[], None]) -> None:
     """Run a command. What goes wrong is one line on stderr and status 2, whoever raised it."""
-    for number in STOPS:
-        if signal.getsignal(number) is _stop_now:
-            # from here on half-written files are put away first
-            signal.signal(number, _stop_soon)
+    _change_stops(_stop_now, _stop_soon)  # from here on half-written files are put away first
     if hasattr(sys.stdout, "reconfigure"):
         # a terminal may not have the letters of a prompt
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -61,6 +58,7 @@ def one_line_errors(main: Callable[[], None]) -> None:
         finally:  # --help too: here a broken pipe can still be told
             if sys.stdout:  # a command that is started without one has none
                 sys.stdout.flush()
+            _change_stops(_stop_soon, _stop_now)  # no exception while the interpreter ends
     except SystemExit:
         raise
     except BaseException as error:  # not Exception alone: a panic in a library's Rust code is none
@@ -154,6 +152,12 @@ def _stop_now(number, frame) -> None:
 
 def _stop_soon(number, frame) -> None:
     raise KeyboardInterrupt(number)
+
+
+def _change_stops(before: Callable, after: Callable) -> None:
+    for number in STOPS:
+        if signal.getsignal(number) is before:
+            signal.signal(number, after)
 
 
 @contextmanager
@@ -395,28 +399,34 @@ def make_folder(path: Path | str) -> Path:
 def write_whole(path: Path | str, write: Callable[[Path], object]) -> None:
     """`write` writes a file beside `path`, which then takes its name: `path` is always whole.
 
-    If it makes a folder of that name, the files in it take their places beside `path`, one by one.
+    If it makes a folder of that name, the files in it take their places beside `path`, one by one,
+    `path` itself first. If one of them cannot, those that are left stay there, whole.
     """
     path = Path(path)
     beside = path.with_name(f"tmp-{path.name}")  # the suffix stays: it tells Pillow the format
-    _remove(beside)  # of a process that was killed
+    remove(beside)  # of a process that was killed
+    files = []
+    moved = 0
     try:
         beside.touch()
         mode = beside.stat().st_mode  # as all files of this user: safetensors makes its own private
         beside.unlink()
         write(beside)
         files = list(beside.iterdir()) if beside.is_dir() else [beside]
-        for file in sorted(files, key=lambda file: file.name != path.name):  # `path` itself first
+        for file in sorted(files, key=lambda file: file.name != path.name):
             file.chmod(mode)
             os.replace(file, path if file == beside else path.with_name(file.name))
+            moved += 1
     except Exception as error:
-        old = "; what it held before is untouched" if path.exists() else ""
+        old = "; what it held before is untouched" if path.exists() and not moved else ""
         raise OSError(f"{path} could not be written{old}: {flat(str(error))}") from error
     finally:
-        _remove(beside)
+        if moved in (0, len(files)):
+            remove(beside)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file or a folder with all that is in it, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

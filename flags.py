@@ -224,6 +224,13 @@ def make_parser() -> OneLineParser:
     add("--read", help="after, chat, think:40, rewrite, ...: see extras/thinking.py")
     add("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
 
+    add_run_flags(parser)
+    # no flags, and yet a run keeps them: it goes on with what it began with
+    parser.set_defaults(ema=EMA_DECAY, time_mean=None)
+    return parser
+
+
+def add_run_flags(parser: OneLineParser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--out", help="its folder (default: runs/ and the name of the data)")
     start = "a new run from this expert's weights and architecture: a run's folder or a Hub id"
@@ -236,6 +243,5 @@ def make_parser() -> OneLineParser:
     add("--compile", action="store_true", help="torch.compile the expert")
     add("--sample-every", type=positive(int), default=500, help="steps between grids of samples")
     add("--save-every", type=positive(int), default=250, help="steps between checkpoints")
-    # no flags, and yet a run keeps them: it goes on with what it began with
-    parser.set_defaults(ema=EMA_DECAY, time_mean=None)
-    return parser
+    kept = "checkpoints that stay beside the newest: step-000250/ (extras/keeping.py)"
+    add("--keep", type=between(0, 10**6, int), default=0, help=kept)

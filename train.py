@@ -135,14 +135,12 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 def train(run: Run, until: int | None = None) -> None:
     """Train to the last step, or to step `until`, and save. The folder is locked meanwhile."""
     args = run.args
-    if run.step >= args.steps:
-        raise ValueError(
-            f"{args.out} stands at step {run.step} of {args.steps}: nothing left to do; "
-            "--steps N goes further"
-        )
     with nullcontext() if run.rank else Locked(args.out):
-        if not run.step and not run.rank:
-            checkpoint.refuse_overwriting(args.out)  # another process may have been there meanwhile
+        if not run.rank:
+            checkpoint.put_in_order(run)
+            finish_samples(run)
+        if run.step >= args.steps:
+            return
         bar = {"unit": "step", "mininterval": 1, "dynamic_ncols": True, "disable": run.rank > 0}
         progress = tqdm(total=args.steps, initial=run.step, **bar)
         size = (args.batch_size, args.draws)
@@ -152,8 +150,24 @@ def train(run: Run, until: int | None = None) -> None:
             train_loop(run, batches, until or args.steps, progress)
 
 
+def finish_samples(run: Run) -> None:
+    """Draw what a run that goes on was to draw when it was killed or stopped. ValueError if all is
+    done, that too."""
+    args = run.args
+    due = run.step % args.sample_every == 0 or run.step >= args.steps
+    if run.step and due and not grid_of(run).exists():
+        draw_samples(run)
+        print(f"{grid_of(run)} was cut, and is there now")
+    elif run.step >= args.steps:
+        raise ValueError(
+            f"{args.out} stands at step {run.step} of {args.steps}: nothing left to do; "
+            "--steps N goes further"
+        )
+
+
 def train_loop(run: Run, batches: Batches, until: int, progress: tqdm) -> None:
-    """Ctrl-C and SIGTERM are heard between two steps: what is done by then is saved."""
+    """Ctrl-C and SIGTERM are heard between two steps: what is done by then is saved. An OSError, of
+    a full disk say, tells where the run goes on."""
     started = time.perf_counter()
     args = run.args
     predict = torch.compile(run.expert) if args.compile else run.expert
@@ -164,36 +178,44 @@ def train_loop(run: Run, batches: Batches, until: int, progress: tqdm) -> None:
         for captions, pictures in batches:
             with stops_wait() if run.ranks == 1 else nullcontext():
                 losses, t, norm = train_step(run, predict, captions, pictures)
-                metrics.add(losses, t)
+                metrics.add(losses, t, norm)
                 progress.update()
                 finished = run.step == until
                 saves = run.step % args.save_every == 0 or finished
                 if run.step % LOG_EVERY == 0 or saves:
-                    progress.set_postfix_str(metrics.write(norm))
-                if saves and first:
+                    progress.set_postfix_str(metrics.write())
+                if saves:
                     checkpoint.save_run(run)
                     saved = run.step
             if run.stopping:
                 raise KeyboardInterrupt(run.stopping)
             if (run.step % args.sample_every == 0 or finished) and first:
                 with metrics.paused():
-                    grid = draw_samples(run)
+                    draw_samples(run)
             if finished:
                 break
     except KeyboardInterrupt:
-        progress.close()
-        if run.step > saved and first:
-            with stops_wait():
+        with stops_wait():
+            progress.close()
+            if run.step > saved:
+                metrics.sum_up()
                 checkpoint.save_run(run)
-        if run.step:
-            print(f"saved at step {run.step} of {args.steps}: --resume --out {args.out} goes on")
+                if run.step > run.logged:
+                    metrics.write()
+            if run.step:
+                said = f"--resume --out {args.out} goes on"
+                print(f"saved at step {run.step} of {args.steps}: {said}")
         raise
+    except OSError as error:
+        if not saved or isinstance(error, BrokenPipeError):
+            raise
+        raise OSError(f"{error}; --resume --out {args.out} goes on from step {saved}") from error
     progress.close()  # what is printed now stands below it
     if first:
-        say_what_was_trained(run, metrics, time.perf_counter() - started, grid)
+        say_what_was_trained(run, metrics, time.perf_counter() - started)
 
 
-def say_what_was_trained(run: Run, metrics: checkpoint.Metrics, seconds: float, grid: Path) -> None:
+def say_what_was_trained(run: Run, metrics: checkpoint.Metrics, seconds: float) -> None:
     skipped = getattr(run.source, "skipped", None)
     if skipped:
         print(f"pictures that did not decode and were skipped: {len(skipped)}")
@@ -205,10 +227,14 @@ def say_what_was_trained(run: Run, metrics: checkpoint.Metrics, seconds: float, 
     )
     prompt = run.source.prompts[0]
     now = f'python sample.py --ckpt {run.args.out} --prompt "{prompt}"'
-    print(f"{grid} shows what it learned. Now: {now}")
+    print(f"{grid_of(run)} shows what it learned. Now: {now}")
 
 
-def draw_samples(run: Run) -> Path:
+def grid_of(run: Run) -> Path:
+    return Path(run.args.out) / f"samples-{run.step:06d}.png"
+
+
+def draw_samples(run: Run) -> None:
     """A grid of the source's own prompts, each from the noise of the run's seed."""
     prompts = list(run.source.prompts)
     seeds = [run.args.seed] * len(prompts)
@@ -216,9 +242,7 @@ def draw_samples(run: Run) -> Path:
         pictures = run.tasks.samples(run, prompts, seeds)
     else:
         pictures = draw(run.ema, run.ema_llm, prompts, seeds)[:, None]
-    path = Path(run.args.out) / f"samples-{run.step:06d}.png"
-    write_whole(path, captioned_grid(pictures, prompts).save)
-    return path
+    write_whole(grid_of(run), captioned_grid(pictures, prompts).save)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,11 +1,25 @@
 """Runs of older versions: the settings that they have stored, in today's words."""
 
 
-def in_new_words(stored: dict) -> dict:
-    """train.py's settings before options were written with what they belong to -> as they are now.
+def in_new_words(stored: dict, config: dict) -> dict:
+    """train.py's settings, of a run whose expert has this config -> as they are now.
 
     What has no flag any more (ema, time_mean) stays as the run had it.
     """
+    new = dict(stored)
+    if "one_object" in new:
+        new = with_options(new)
+    if "patcher" not in new:  # other defaults, and --size meant other sizes
+        new["patcher"] = "linear"
+        if new["data"] == "shapes":
+            new["data"] = "shapes:colored"
+        if "text_layers" in config:
+            new |= {"width": config["width"], "depth": len(config["text_layers"])}
+    return new
+
+
+def with_options(stored: dict) -> dict:
+    """Settings from before options were written with what they belong to."""
     new = dict(stored)
     data = [new["data"]]
     if new.pop("one_object"):

@@ -1,13 +1,9 @@
 """Training: frozen LLM, exact resuming, checkpoints that survive a kill, bad input in one line."""
 
-import multiprocessing
 import os
-import random
-import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +16,11 @@ import assemble
 import checkpoint
 import sample
 import train
-from checkpoint import load_expert, step_of_run
+from checkpoint import load_expert
 from conftest import CPU
 from flow import flow_loss
 from inspection import fingerprint
 from loading import load_llm
-from weights import read_safetensors
 
 ROOT = Path(__file__).parent.parent
 
@@ -122,109 +117,6 @@ def command(*words, cwd=ROOT, **options) -> subprocess.CompletedProcess:
         timeout=120,
         **options,
     )
-
-
-@pytest.mark.slow
-def test_a_killed_process_resumes_to_the_same_end(tiny_run, tmp_path):
-    """The real thing: kill -9 of a running train.py, then --resume in another process, against a
-    run left alone."""
-    flags = [*tiny_run, "--steps", "150", "--save-every", "5", "--sample-every", "1000"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *flags],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    state = tmp_path / "run" / "train_state.safetensors"
-    while not state.exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was still running"
-    resumed = command(ROOT / "train.py", "--resume", "--out", tmp_path / "run")
-    assert resumed.returncode == 0 and "resumed at step" in resumed.stdout, resumed.stderr
-    train.main([*flags, "--out", str(tmp_path / "whole")])
-    ours, theirs = (
-        load_file(tmp_path / name / "train_state.safetensors") for name in ("run", "whole")
-    )
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    losses = [
-        [line.split('"grad_norm"')[0] for line in (tmp_path / name / "metrics.jsonl").open()]
-        for name in ("run", "whole")
-    ]
-    assert losses[0] == losses[1], "metrics.jsonl has every interval once"
-
-
-@pytest.mark.slow
-def test_a_stopped_process_saves_its_step(tiny_run, tmp_path):
-    """Ctrl-C, and what a cluster sends, in steps and in sampling: each time the step is saved, and
-    in the end the run is the one that was left alone."""
-    flags = [*tiny_run, "--steps", "120", "--save-every", "1000", "--sample-every", "5"]
-    out = tmp_path / "run"
-    words, stopped = flags, []
-    for number, delay in ((signal.SIGINT, 0.05), (signal.SIGTERM, 0.3), (signal.SIGTERM, 0.11)):
-        process = subprocess.Popen(
-            [sys.executable, ROOT / "train.py", *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # this may run in the background, where shells ignore Ctrl-C
-            preexec_fn=partial(signal.signal, number, signal.SIG_DFL),
-        )
-        grids = len(list(out.glob("samples-*.png")))
-        while len(list(out.glob("samples-*.png"))) == grids and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(delay)
-        process.send_signal(number)
-        said, errors = process.communicate(timeout=60)
-        assert process.returncode == 128 + number, errors
-        assert errors.splitlines()[-1] == "train.py: stopped"
-        step = step_of_run(str(out))
-        stopped.append(step)
-        assert said.splitlines()[-1].startswith(f"saved at step {step} of 120: --resume")
-        words = ["--resume", "--out", str(out)]
-    assert stopped == sorted(set(stopped)) and stopped[-1] < 120
-    train.main(words)
-    train.main([*flags, "--out", str(tmp_path / "whole")])
-    ours, theirs = (
-        load_file(tmp_path / name / "train_state.safetensors") for name in ("run", "whole")
-    )
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def _save_for_ever(run):
-    while True:
-        run.step += 1
-        checkpoint.save_run(run)
-
-
-@pytest.mark.slow
-def test_kill_while_saving(tiny_run, tmp_path):
-    """Killed with -9 at twenty random moments of a process that does nothing but save: what is left
-    always loads."""
-    run = start(*tiny_run, "--steps", 2)
-    steps(run, 1)
-    started = time.perf_counter()
-    for _ in range(20):
-        checkpoint.save_run(run)
-    twenty_saves_seconds = time.perf_counter() - started  # on a busy machine a save takes longer
-    seen, chance = set(), random.Random(0)
-    for _ in range(20):
-        process = multiprocessing.get_context("fork").Process(target=_save_for_ever, args=(run,))
-        process.start()
-        time.sleep(chance.uniform(0, max(0.1, twenty_saves_seconds)))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        metadata, tensors = read_safetensors(tmp_path / "run" / "train_state.safetensors")
-        seen.add(int(metadata["step"]))
-        expert = load_expert(str(tmp_path / "run"), CPU)
-        for name, p in run.expert.named_parameters():
-            assert torch.equal(tensors[f"expert.{name}"], p)
-        assert all(torch.equal(a, b) for a, b in zip(expert.parameters(), run.ema.parameters()))
-    checkpoint.save_run(run)
-    left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {checkpoint.STATE, "model.safetensors", "config.json", "README.md"}, (
-        "what a kill leaves is cleared away"
-    )
-    assert len(seen) > 5, f"the kills fell on {len(seen)} different steps"
 
 
 def test_one_batch_is_overfitted(tiny_run):
