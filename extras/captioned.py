@@ -8,6 +8,7 @@ side: evaluate.py --suite held-out says how well a run does there.
 import hashlib
 import warnings
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 
@@ -37,6 +38,7 @@ class Captioned:
         self.set_aside = set(self.held_out)
         self.prompts = tuple(dict.fromkeys(caption for _, caption in self.pairs))[:8]
         self.skipped: set = set()
+        self.lock = Lock()
         self.shapes: dict = {}  # of each picture (height, width), with buckets
         self.block = 1  # so many examples in a row have one shape
         self.order = lru_cache(maxsize=2)(self._order)
@@ -78,10 +80,11 @@ class Captioned:
             try:
                 return pair[1], self.pictures_of(pair, draws)
             except ValueError as error:
-                if not self.skipped:
-                    said = f"{error} and is skipped; later ones are counted silently"
-                    warnings.warn(said, stacklevel=2)
-                self.skipped.add(pair[0])
+                with self.lock:  # examples are made by several threads
+                    if not self.skipped:
+                        said = f"{error} and is skipped; later ones are counted silently"
+                        warnings.warn(said, stacklevel=2)
+                    self.skipped.add(pair[0])
         raise ValueError(f"none of the {len(self.pairs)} pictures of {self.about()} decodes")
 
     def about(self) -> str:

@@ -86,6 +86,9 @@ def text_in(record: dict, key: str, where: str) -> str | None:
 # --------------------------------------------------------------------------------------------------
 # pictures
 
+# What Pillow has to say about metadata; once for all: threads that changed the filters for a while
+# would undo each other's.
+warnings.filterwarnings("ignore", module="PIL")
 PngImagePlugin.MAX_TEXT_CHUNK = 2**25  # Pillow's 1 MB is less than some editors write about a PNG
 DRAFT = 4  # a JPEG is decoded at no less than this many times the side that is asked for
 
@@ -98,11 +101,10 @@ def read_picture(file, size: tuple[int, int] | None = None, name: str | None = N
     safe.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow has to say about metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                return _as_seen(image, size)
+        with Image.open(file) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow warns, and goes on
+                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
+            return _as_seen(image, size)
     except MemoryError:
         raise
     except Exception as error:  # on damaged bytes Pillow raises anything, struct.error for one

@@ -330,7 +330,8 @@ def encode(args: argparse.Namespace) -> None:
 
 def write_shard(path: Path, vae: VAE, source, numbers: range) -> None:
     """The pictures of these numbers, without those that do not decode."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    threads = 1 if getattr(source, "in_order", False) else THREADS
+    with ThreadPoolExecutor(threads) as pool:
         rows = [row for row in pool.map(partial(picture_of, source), numbers) if row]
     captions = [caption for caption, _, _ in rows]
     held_out = [k for k, (_, _, is_out) in enumerate(rows) if is_out]

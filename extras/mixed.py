@@ -53,6 +53,7 @@ class Mixed:
             self.turns += [(i, k) for k in range(weight)]
         # evenly: whoever has a third of the turns has one of every three
         self.turns.sort(key=lambda turn: (turn[1] + 0.5) / self.weights[turn[0]])
+        self.in_order = any(getattr(source, "in_order", False) for source in self.sources)
         self.made_for = {"mixed": self.names}
         for source in self.sources:
             self.made_for |= source.made_for

@@ -234,6 +234,15 @@ def test_a_data_set_is_streamed(hub_set):
     assert chosen.example(4, 1)[0] == expected[4]
 
 
+def test_a_stream_beside_another_source(hub_set, tiny_llm):
+    """One thread alone asks it, in order."""
+    batches = Batches(opened(f"shapes,hf:{hub_set}"), tiny_llm("qwen2"), 8, 1, 0)
+    captions = [caption for _ in range(20) for caption in next(batches)[0]]
+    batches.close()
+    expected = [f"no. {i}, {COLORS[i]}" for i in (0, 1, 2, 4, 4, 6)]
+    assert captions[1::2] == [expected[i % 6] for i in range(80)]
+
+
 def test_what_a_data_set_does_not_have_is_refused(hub_set, tmp_path):
     cases = {
         f"{hub_set}:text=title": "no column for text; expected text=COLUMN, one of picture, caption",
