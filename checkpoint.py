@@ -124,7 +124,7 @@ def load_run(run, metadata: dict, tensors: dict) -> None:
         run.lm_losses += torch.tensor(lm_losses, device=run.device)
     parts = {}  # name of a parameter -> {"expert", "ema", and the optimizer's moments of it}
     for key, value in tensors.items():
-        part, name = key.split(".", 1)
+        part, _, name = key.partition(".")
         parts.setdefault(name_of(name), {})[part] = value.to(run.device)
     optimizer_of = {}
     for optimizer in run.optimizers:
@@ -132,13 +132,37 @@ def load_run(run, metadata: dict, tensors: dict) -> None:
             optimizer_of |= dict.fromkeys(group["params"], optimizer)
     with torch.no_grad():
         for (name, p), average in zip(run.expert.named_parameters(), run.ema.parameters()):
-            p.copy_(parts[name].pop("expert"))
-            average.copy_(parts[name].pop("ema"))
-            optimizer_of[p].state[p] = parts[name]
+            moments = MOMENTS[type(optimizer_of[p])]
+            check_parts(name, p, parts.get(name, {}), moments)
+            p.copy_(parts[name]["expert"])
+            average.copy_(parts[name]["ema"])
+            for moment in moments & parts[name].keys():
+                optimizer_of[p].state[p][moment] = parts[name][moment]
         for tower in (run.expert, run.ema):
             for name, buffer in tower.named_buffers():
                 if name in parts:
                     buffer.copy_(parts[name]["expert"])
+
+
+MOMENTS = {  # what an optimizer remembers of a parameter
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.Muon: {"momentum_buffer"},
+}
+
+
+def check_parts(name: str, p: Tensor, parts: dict[str, Tensor], moments: set[str]) -> None:
+    """ValueError if what is stored of a parameter is not what a run stores."""
+    found = moments & parts.keys()  # none, if it never had a gradient
+    whole = {"expert", "ema"} <= parts.keys() and found in (set(), moments)
+    for part, value in parts.items():
+        shape = () if part == "step" else p.shape
+        whole = whole and value.shape == shape and value.is_floating_point()
+    if not whole:
+        stored = {part: tuple(value.shape) for part, value in parts.items()}
+        raise ValueError(
+            f"--resume: {STATE} has of {name}, of shape {tuple(p.shape)}, {stored or 'nothing'}: "
+            "it is damaged, or another version's; start another run (--out)"
+        )
 
 
 def data_of(source) -> dict[str, str]:
@@ -204,11 +228,12 @@ def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Nam
 
             stored = in_new_words(stored, config)
         stored = vars(parse_args(["--out", args.out], stored))
-        config["made_for"]
-        int(metadata["step"])
-    except (KeyError, TypeError, ValueError) as error:
+        check_agree(stored, read_config(metadata))
+        if int(metadata["step"]) < 0:
+            raise ValueError(f"step {metadata['step']}")
+    except Exception as error:  # in a stranger's JSON anything can stand
         why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{state} is not the state of a training run ({why})") from None
+        raise ValueError(f"{state} is not the state of a training run ({why})") from error
     merged = parse_args(argv, stored)
     may_change = MAY_CHANGE | MAY_MOVE
     if "data_fingerprint" not in metadata:  # nothing would tell that they are others
@@ -221,6 +246,19 @@ def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Nam
                 "(--out)"
             )
     return merged, metadata, tensors
+
+
+def check_agree(stored: dict, config: dict) -> None:
+    """ValueError if a run's settings mean another expert than its own, before that is built."""
+    config["made_for"]
+    if "text_layers" not in config:  # the LLM's own sizes: --bridge mirror
+        return
+    sizes = config | {"depth": len(config["text_layers"])}
+    if stored["bridge"] == "kv":  # as deep as the LLM, and so less wide
+        sizes = {}
+    for name in ("width", "depth", "heads", "patch", "image_size"):
+        if stored[name] is not None and stored[name] != sizes.get(name, stored[name]):
+            raise ValueError(f"its --{name} is {stored[name]}, and its expert has {sizes[name]}")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """train.py's flags: their defaults, what changes these, and which flags do not go together."""
 
 import argparse
+import json
 import math
 import re
 from pathlib import Path
@@ -51,7 +52,9 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
 
         parser.set_defaults(patch=PATCH, **encoded_at(source))
     parser.set_defaults(**origin)
-    parser.set_defaults(**(stored or {}))
+    if stored:
+        check_stored(parser, stored)
+        parser.set_defaults(**stored)
     args = parser.parse_args(argv)
     if origin:
         check_flags(args, origin)
@@ -66,6 +69,30 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
     if args.batch_size % args.draws:
         raise ValueError(f"--batch-size {args.batch_size} does not divide by --draws {args.draws}")
     return args
+
+
+def check_stored(parser: OneLineParser, stored: dict) -> None:
+    """ValueError for a stored setting that its flag would not take: a run's folder may be a
+    stranger's, and defaults are not checked."""
+    for action in parser._actions:
+        value = stored.get(action.dest, action.default)
+        if value == action.default or (action.dest, value) == ("prediction", "noise"):  # of ddpm
+            continue
+        if value is None and stored.get("start") and action.dest in ("size", "layers"):
+            continue  # the expert's own, see extras/starting.py
+        if action.nargs == 0:  # a switch
+            takes = isinstance(value, bool)
+        elif action.type:
+            takes = not isinstance(value, bool) and action.type(str(value)) == value
+        else:
+            takes = isinstance(value, str) and value in (action.choices or [value])
+        if not takes:
+            raise ValueError(f"its --{action.dest} is {json.dumps(value)[:60]}")
+    no_flags = {"ema": share, "time_mean": between(-100, 100)}  # see make_parser
+    for name in stored.keys() & no_flags.keys():
+        value = stored[name]
+        if value is not None and no_flags[name](str(value)) != value:
+            raise ValueError(f"its {name} is {json.dumps(value)[:60]}")
 
 
 def time_mean(image_size: int) -> float:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import model_info, try_to_load_from_cache
+from huggingface_hub import constants, model_info, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -33,7 +33,9 @@ from transformers.utils import find_adapter_config_file
 from llm import NO_LIMIT, FrozenLLM
 from weights import PICKLED, WHAT_TO_DO, check_config, no_larger_than, nothing_unpickled
 
-# of a model without safetensors the library would ask the Hub for a conversion
+# The libraries would ask the Hub for more than what has to be fetched: at each look into the local
+# cache for what to say in their telemetry, and for a conversion of weights that are pickled.
+constants.HF_HUB_DISABLE_TELEMETRY = True
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 

@@ -94,15 +94,19 @@ def read_config(metadata: dict[str, str]) -> dict:
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"its {name} is {value!r}; expected a whole number above zero")
     layers = config.get("text_layers", [])
-    if len(layers) > MOST_LAYERS:
-        raise ValueError(f"it has {len(layers)} text_layers; expected at most {MOST_LAYERS}")
+    if not isinstance(layers, list) or len(layers) > MOST_LAYERS:
+        raise ValueError(f"its text_layers: expected a list of at most {MOST_LAYERS}")
     for layer in layers:
-        if any(type(value) is not int or value < 0 for value in layer.values()):
+        if any(type(value) is not int or value < 0 for value in dict(layer).values()):
             raise ValueError(f"its text_layers have {layer}; expected whole numbers")
-    if config.get("image_size", 1) > LARGEST_SIDE:
-        raise ValueError(f"its image_size is {config['image_size']}; at most {LARGEST_SIDE}")
+    if (config.get("image_size") or 1) > LARGEST_SIDE:
+        raise ValueError(
+            f"its image_size is {config['image_size']}; expected at most {LARGEST_SIDE}"
+        )
     if config.get("prediction", "clean") not in PREDICTIONS:
-        raise ValueError(f"its prediction is {config['prediction']!r}; one of {PREDICTIONS}")
+        raise ValueError(
+            f"its prediction is {config['prediction']!r}; expected one of {PREDICTIONS}"
+        )
     for name, kind in MADE_FOR.items():
         value = config.get("made_for", {}).get(name)
         if value is not None and not isinstance(value, kind):

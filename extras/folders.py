@@ -86,7 +86,7 @@ class Folder(Captioned):
         name = name.replace("\\", "/")  # as Windows writes it
         if PurePath(name).anchor or os.path.normpath(name).split(os.sep)[0] == "..":
             raise ValueError(
-                f"{where}: {key} {json.dumps(name)[:60]} leads out of {self.root}; expected the "
+                f"{where}: {key} {json.dumps(name)[:200]} leads out of {self.root}; expected the "
                 "name of a picture in that folder: put the picture there"
             )
         path = self.root / name

@@ -1,0 +1,519 @@
+"""Input from a stranger: nothing outside of a folder is read, nothing is unpickled, no absurd size
+takes memory, and once all is there no socket is opened. (tests/test_fuzz.py: whatever else.)"""
+
+import ast
+import http.server
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import checkpoint
+import train
+from cli import one_line
+from conftest import CPU, TINY_RUN, random_expert, save_tiny_llm
+from data import open_source
+from extras.edit_folder import EditFolder
+from extras.folders import Folder
+from extras.prompts import read_prompts
+from loading import CACHE_FOLDER, load_llm
+from weights import WHAT_TO_DO, read_safetensors
+
+ROOT = Path(__file__).parent.parent
+
+
+def refusal(action) -> str:
+    """The line that a command would print."""
+    with pytest.raises(ValueError) as error:
+        action()
+    line = one_line(error.value)
+    assert line == str(error.value), "it is one line already"
+    return line
+
+
+# -------------------------------------------------------------------------------------------------
+# out of the folder
+
+
+@pytest.fixture
+def places(tmp_path) -> tuple[Path, Path]:
+    """A folder with a picture that has a caption, and what is outside of it."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root, outside):
+        (folder / "sub").mkdir(parents=True)
+        for name in ("a", "sub/b"):
+            Image.new("RGB", (8, 8), "red").save(folder / f"{name}.png")
+            (folder / f"{name}.txt").write_text(folder.name)
+    return root, outside
+
+
+def link(path: Path, target: Path | str) -> None:
+    path.unlink(missing_ok=True)
+    try:
+        path.symlink_to(target)
+    except OSError:
+        pytest.skip("Windows lets not everybody make links")
+
+
+def list_pictures(root: Path, *records: dict) -> None:
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+
+OUTSIDE = [
+    "../outside/a.png",
+    r"..\outside\a.png",
+    "sub/../../outside/a.png",
+    "..",
+    "../nowhere.png",
+    "{outside}/a.png",
+    "/nowhere.png",
+]
+
+
+@pytest.mark.parametrize("key", ["file_name", "before"])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_names_that_lead_out_of_the_folder(key, name, places):
+    root, outside = places
+    name = name.format(outside=outside)
+    good = {"file_name": "a.png", "before": "sub/b.png", "text": "a"}
+    list_pictures(root, good, good | {key: name})
+    line = refusal(lambda: open_source(str(root), 8))
+    assert f"{root / 'metadata.jsonl'}, line 2: {key} " in line
+    assert name.replace("\\", "/") in line and "expected the name of a picture in that" in line
+    if os.name == "nt":
+        list_pictures(root, good | {key: r"C:\windows\a.png"})
+        assert "leads out of" in refusal(lambda: open_source(str(root), 8))
+
+
+LINKS = {  # what is a link, and to what; with and without metadata.jsonl
+    "a picture": ("c.png", "a.png", ""),
+    "a text": ("a.txt", "a.txt", ""),
+    "a folder": ("more", "sub", ""),
+    "by a relative way": ("c.png", None, ""),
+    "a listed picture": ("c.png", "a.png", "c.png"),
+    "a listed picture in a folder": ("more", "sub", "more/b.png"),
+    "what is not listed": ("c.png", "a.png", "a.png"),
+    "metadata.jsonl": ("metadata.jsonl", "metadata.jsonl", ""),
+}
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_links_that_lead_out_of_the_folder(kind, places):
+    root, outside = places
+    name, target, listed = LINKS[kind]
+    list_pictures(outside, {"file_name": "a.png", "text": "secret"})
+    place = outside / target if target else Path("../outside/a.png")
+    link(root / name, place)
+    if listed:
+        list_pictures(root, {"file_name": listed, "text": "x"})
+    line = refusal(lambda: open_source(str(root), 8))
+    assert line.startswith(f"{root / name}") and f"leads out of {root}, to {outside}" in line
+    assert "expected what lies in that folder: copy it there" in line
+    if kind == "a listed picture":
+        list_pictures(root, {"file_name": "a.png", "before": name, "text": "x"})
+        assert f"{root / name} leads out of" in refusal(lambda: open_source(str(root), 8))
+
+
+def test_a_way_through_a_link_and_back(places):
+    """link/.. is where the link leads, and not where its name stands."""
+    root, outside = places
+    link(root / "way", root / "sub")
+    list_pictures(root, {"file_name": "way/../a.png", "text": "x"})
+    assert len(Folder(root, 8).pairs) == 1
+    link(root / "way", outside / "sub")
+    list_pictures(root, {"file_name": "way/../a.png", "text": "x"})
+    assert f"to {outside};" in refusal(lambda: Folder(root, 8))
+
+
+def test_links_that_stay_in_the_folder(places, tmp_path):
+    """The root may be one itself; hidden ones, and those to other files, are not looked at."""
+    root, outside = places
+    link(root / "c.png", "a.png")
+    link(root / "c.txt", "sub/b.txt")
+    link(root / "again", root / "sub")
+    link(root / "loop", root)
+    link(root / "README.md", outside / "a.txt")
+    link(root / ".git", outside)
+    link(tmp_path / "way", root)
+    for place in (root, tmp_path / "way", tmp_path / "way" / "loop"):
+        source = open_source(str(place), 8)
+        names = {path.name for path, _ in source.pairs}
+        assert names == {"a.png", "b.png", "c.png"} and len(source.pairs) == 3
+        assert source.example(0, 1)[1].shape == (1, 8, 8, 3)
+        assert source.fingerprint() == Folder(place, 8).fingerprint()
+    list_pictures(root, {"file_name": "again/b.png", "before": "c.png", "text": "x"})
+    assert isinstance(open_source(str(tmp_path / "way"), 8), EditFolder)
+
+
+def test_prompts_of_another_folder(places):
+    """A folder of prompts: what its links lead to would stand in the names of files and in grids."""
+    root, outside = places
+    assert read_prompts(root) == [("a", "root", {})]
+    link(root / "c.txt", "sub/b.txt")
+    link(root / "more", outside)  # folders in it are not read
+    assert [text for _, text, _ in read_prompts(root)] == ["root", "root"]
+    link(root / "c.txt", outside / "a.txt")
+    assert f"{root / 'c.txt'} leads out of {root}" in refusal(lambda: read_prompts(root))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_no_file(places):
+    """Reading it would wait for ever."""
+    root, _ = places
+    for name in ("a.txt", "a.png", "c.png", "c.txt"):
+        (root / name).unlink(missing_ok=True)
+        os.mkfifo(root / name)
+    link(root / "d.txt", "c.txt")
+    assert [path.name for path, _ in Folder(root, 8).pairs] == ["b.png"]
+    with pytest.raises(ValueError, match="holds no prompt"):
+        read_prompts(root)
+
+
+# -------------------------------------------------------------------------------------------------
+# pickles
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def pickled(mark: Path, zipped: bool) -> bytes:
+    weights = {"model.norm.weight": torch.ones(32), "evil": Evil(mark)}
+    if not zipped:
+        return pickle.dumps(weights)
+    torch.save(weights, mark.with_suffix(".tmp"))
+    return mark.with_suffix(".tmp").read_bytes()
+
+
+def index_of(name: str) -> dict:
+    return {"metadata": {}, "weight_map": {"model.norm.weight": name}}
+
+
+PICKLES = {  # the file of weights -> what points to it: a file, and its JSON
+    "pytorch_model.bin": None,
+    "model.pt": None,
+    "consolidated.00.pth": None,
+    "weights.bin": ("model.safetensors.index.json", index_of("weights.bin")),
+    "a.bin": ("pytorch_model.bin.index.json", index_of("a.bin")),
+    "adapter_model.bin": ("config.json", {"transformers_weights": "adapter_model.bin"}),
+    "model.safetensors": None,
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "plain"])
+@pytest.mark.parametrize("name", PICKLES)
+def test_an_llm_of_pickled_weights_is_refused(name, zipped, llm_folder, tmp_path):
+    mark = tmp_path / "unpickled"
+    raw = pickled(mark, zipped)
+    torch.load(tmp_path / "unpickled.tmp", weights_only=False) if zipped else pickle.loads(raw)
+    assert mark.exists(), "it does harm where it is unpickled"
+    mark.unlink()
+    folder = shutil.copytree(llm_folder("qwen2"), tmp_path / "llm")
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(raw)
+    if PICKLES[name]:
+        pointer, content = PICKLES[name]
+        if (folder / pointer).exists():
+            content = json.loads((folder / pointer).read_text()) | content
+        (folder / pointer).write_text(json.dumps(content))
+    line = refusal(lambda: load_llm(str(folder), CPU, torch.float32))
+    assert line.startswith(f"--llm {folder} does not load: {name}")
+    assert WHAT_TO_DO in line or name == "model.safetensors" and "is cut or damaged" in line
+    assert not mark.exists()
+
+
+def test_an_llm_that_has_safetensors_too_is_read(llm_folder, tmp_path):
+    """Pickles beside them are no reason to refuse it, nor to open them."""
+    folder = shutil.copytree(llm_folder("qwen2"), tmp_path / "llm")
+    for name in ("pytorch_model.bin", ".metadata", "training_args.bin"):
+        (folder / name).write_bytes(pickled(tmp_path / "unpickled", zipped=False))
+    load_llm(str(folder), CPU, torch.float32)
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_a_checkpoint_that_is_a_pickle_is_refused(tmp_path, tiny_run):
+    mark = tmp_path / "unpickled"
+    train.main([*tiny_run, "--steps", "1"])
+    for zipped in (True, False):
+        for name in ("model.safetensors", checkpoint.STATE):
+            (tmp_path / "run" / name).write_bytes(pickled(mark, zipped))
+        refused = [
+            refusal(lambda: checkpoint.load_expert(str(tmp_path / "run"), CPU)),
+            refusal(lambda: train.main(["--resume", "--out", str(tmp_path / "run")])),
+        ]
+        assert all("does not read as safetensors" in line for line in refused)
+    (tmp_path / "run" / "model.safetensors").rename(tmp_path / "run" / "pytorch_model.bin")
+    line = refusal(lambda: checkpoint.load_expert(str(tmp_path / "run"), CPU))
+    assert "expected the folder of a run, with model.safetensors in it" in line
+    assert not mark.exists()
+
+
+def test_the_code_opens_no_pickles():
+    """Nor numpy's files, which may hold some, nor YAML."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            assert not {"pickle", "dill", "joblib", "shelve", "marshal", "yaml"} & set(names), path
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                called = ast.unparse(node.func)
+                assert called not in ("torch.load", "np.load", "numpy.load"), path
+                assert called not in ("pd.read_pickle", "torch.hub.load"), path
+
+
+class PickledRepository(http.server.BaseHTTPRequestHandler):
+    """What the Hub says of a model that has nothing but pickled weights."""
+
+    def do_GET(self) -> None:
+        files = ["config.json", "pytorch_model.bin", "tokenizer.json"]
+        siblings = [{"rfilename": name} for name in files]
+        answer = json.dumps({"id": "a/pickled", "modelId": "a/pickled", "siblings": siblings})
+        self.server.asked.append(self.path)
+        self.send_response(200 if self.path == "/api/models/a/pickled" else 404)
+        self.end_headers()
+        self.wfile.write(answer.encode())
+
+    do_HEAD = do_POST = do_GET
+
+    def log_message(self, *said) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_pickled_weights_of_the_hub_are_not_fetched(tmp_path):
+    server = http.server.HTTPServer(("127.0.0.1", 0), PickledRepository)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, ROOT / "loading.py", "--llm", "a/pickled"],
+        env=os.environ | here | {"HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+    )
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"--llm a/pickled: it has no weights that are opened here: {WHAT_TO_DO}" in done.stderr
+    assert server.asked and not any("pytorch_model" in path for path in server.asked)
+
+
+# -------------------------------------------------------------------------------------------------
+# absurd sizes
+
+HUGE = """
+import json, resource, shutil, sys, time
+import torch
+from checkpoint import load_expert
+from cli import one_line
+from loading import load_llm
+
+kind, folder, place = sys.argv[1:]
+cpu = torch.device("cpu")
+
+def load():
+    load_llm(folder, cpu, torch.float32) if kind == "llm" else load_expert(folder, cpu)
+
+load()  # as it is; what the library imports and keeps is no part of what is measured
+with open("/proc/self/statm") as file:
+    now = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 2**29, now + 2**29))
+for line in sys.stdin:
+    shutil.copy(json.loads(line), place)
+    began = time.perf_counter()
+    try:
+        load()
+        said = "loaded"
+    except ValueError as error:
+        said = one_line(error)
+    print(json.dumps([said, time.perf_counter() - began]))
+"""
+
+
+def in_half_a_gigabyte(kind: str, place: Path, files: list[Path]) -> list[tuple[str, float]]:
+    """What is said of each of these files in the place of a right one, and after how many seconds,
+    by a process that gets no more than 0.5 GB beside what the right one takes."""
+    done = subprocess.run(
+        [sys.executable, "-c", HUGE, kind, str(place.parent), str(place)],
+        input="\n".join(json.dumps(str(file)) for file in files),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+def check_refused(answers: list, sizes: list, word: str) -> None:
+    assert len(answers) == len(sizes)
+    for (said, seconds), size in zip(answers, sizes):
+        assert word in said and "expected" in said, (str(size)[:60], said)
+        assert seconds < 20, (str(size)[:60], seconds)
+
+
+LLM_SIZES = [
+    {"hidden_size": 10**9},
+    {"hidden_size": 10**5},
+    {"hidden_size": 10**30},
+    {"num_hidden_layers": 10**6},
+    {"num_hidden_layers": 10**12},
+    {"num_hidden_layers": 9_999, "layer_types": ["full_attention"] * 9_999},
+    {"vocab_size": 10**12},
+    {"vocab_size": 10**8},
+    {"intermediate_size": 10**9},
+    {"num_attention_heads": 10**9},
+    {"num_attention_heads": 10**5},
+    {"num_key_value_heads": 10**5},
+    {"head_dim": 10**8},
+]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux alone limits memory so")
+def test_an_llm_of_absurd_sizes_takes_no_memory(llm_folder, tmp_path):
+    """config.json says them, and the weights in its file do not have them."""
+    folder = shutil.copytree(llm_folder("qwen2"), tmp_path / "llm")
+    config = json.loads((folder / "config.json").read_text())
+    files = []
+    for i, size in enumerate(LLM_SIZES):
+        files.append(tmp_path / f"{i}.json")
+        files[-1].write_text(json.dumps(config | size))
+    answers = in_half_a_gigabyte("llm", folder / "config.json", files)
+    check_refused(answers, LLM_SIZES, f"--llm {folder} does not load: its configuration ")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux alone limits memory so")
+def test_an_expert_of_absurd_sizes_takes_no_memory(tiny_llm, tmp_path):
+    expert = random_expert(tiny_llm("qwen2"), made_for={"llm": "x", "llm_fingerprint": "x"})
+    expert.save_pretrained(tmp_path / "expert")
+    layers = expert.config["text_layers"]
+    sizes = [
+        {"width": 10**8},
+        {"width": 4096},
+        {"heads": 10**5},
+        {"heads": 10**9},
+        {"intermediate": 10**8},
+        {"image_size": 10**6},
+        {"channels": 10**8},
+        {"patch": 10**6, "image_size": 10**6},
+        {"text_layers": layers * 3000},
+        {"text_layers": layers * 500_000},
+        {"text_layers": [layer | {"key_width": 10**8} for layer in layers]},
+    ]
+    whole = tmp_path / "expert" / "model.safetensors"
+    metadata, tensors = read_safetensors(whole)
+    files = []
+    for i, size in enumerate(sizes):
+        files.append(tmp_path / f"{i}.safetensors")
+        config = json.dumps(expert.config | size)
+        save_file(tensors, files[-1], metadata=metadata | {"config": config})
+    answers = in_half_a_gigabyte("expert", whole, files)
+    check_refused(answers, sizes, f"{whole} is not an image expert of this project (its ")
+
+
+def test_an_llm_of_nearly_the_right_sizes_is_refused_too(llm_folder, tmp_path):
+    """Below what is absurd the shapes decide, as before."""
+    folder = shutil.copytree(llm_folder("qwen2"), tmp_path / "llm")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 400}))
+    line = refusal(lambda: load_llm(str(folder), CPU, torch.float32))
+    assert "has the shape (300, 32), and its config.json means (400, 32)" in line
+
+
+# -------------------------------------------------------------------------------------------------
+# sockets
+
+WITHOUT_SOCKETS = """
+import json, socket, sys
+
+commands, log = json.loads(sys.argv[1]), sys.argv[2]
+
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        with open(log, "a") as file:
+            file.write(f"{event} {arguments[1:]}\\n")
+        raise ConnectionRefusedError("no sockets in this test")
+
+sys.addaudithook(refuse)  # every socket of Python's asks it, whoever opens it, by whatever name
+for name, *flags in commands:
+    sys.argv = [name]
+    __import__(name).main(flags)
+"""
+
+
+def attempts(commands: list[list], log: Path, folder: Path, **env) -> str:
+    """The sockets that these commands try to open, one process for all."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_SOCKETS, words, str(log)],
+        env=kept | {"PYTHONPATH": str(ROOT)} | env,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return log.read_text() if log.exists() else ""
+
+
+CHECK = ["--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_no_socket_is_opened_once_the_files_are_there(place, tmp_path):
+    """An LLM in a folder, and one of the Hub's in the local cache; offline mode is not asked for."""
+    name = tmp_path / "llm"
+    cached = tmp_path / "hub" / "models--a--tiny"
+    save_tiny_llm("qwen2", name if place == "folder" else cached / "snapshots" / ("0" * 40))
+    if place == "hub":
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("0" * 40)
+        name = "a/tiny"
+    run = tmp_path / "run"
+    commands = [
+        ["train", "--llm", name, *TINY_RUN, "--steps", "2", "--out", run],
+        ["train", "--resume", "--out", run, "--steps", "3"],
+        ["sample", "--ckpt", run, "--prompt", "x", "--steps", "1", "--out", "drawn", *CHECK],
+        ["evaluate", "--ckpt", run, "--suite", "unseen", "--limit", "1", "--steps", "1", *CHECK],
+    ]
+    cache = {"HF_HUB_CACHE": str(tmp_path / "hub")}
+    assert attempts(commands, tmp_path / "sockets", tmp_path, **cache) == ""
+    assert (tmp_path / "drawn" / "grid.png").exists()
+    assert checkpoint.step_of_run(str(run)) == 3
+
+
+@pytest.mark.slow
+def test_the_shipped_expert_draws_without_a_socket(tmp_path):
+    """With the built-in LLM; it is converted here if it never was."""
+    load_llm("gemma-3-270m", CPU, torch.bfloat16)
+    assert CACHE_FOLDER.is_dir()
+    drawn = ["sample", "--ckpt", checkpoint.SHIPPED, "--prompt", "a red circle", "--steps", "1"]
+    assert attempts([[*drawn, "--out", "drawn"]], tmp_path / "sockets", tmp_path) == ""
+    assert (tmp_path / "drawn" / "grid.png").exists()
+
+
+def test_a_socket_would_be_seen(tmp_path):
+    """An LLM that is nowhere is looked for, and that is what the tests above would find."""
+    log = tmp_path / "sockets"
+    with pytest.raises(AssertionError, match="the Hub cannot be reached"):
+        attempts([["train", "--llm", "a/nowhere"]], log, tmp_path, HF_HUB_CACHE=str(tmp_path))
+    assert "socket." in log.read_text()
