@@ -22,8 +22,7 @@ import train
 from cli import one_line
 from conftest import CPU, TINY_RUN, random_expert, save_tiny_llm
 from data import open_source
-from extras.edit_folder import EditFolder
-from extras.folders import Folder
+from extras.folders import EditFolder, Folder
 from extras.prompts import read_prompts
 from loading import CACHE_FOLDER, load_llm
 from weights import WHAT_TO_DO, read_safetensors
