@@ -56,7 +56,7 @@ LINES = {  # at most; what DESIGN calls the core, then its helpers
     "evaluate": 345,
     "checkpoint": 400,
     "inspection": 350,
-    "weights": 225,
+    "weights": 245,
     "loading": 445,
     "cli": 580,
 }
