@@ -48,8 +48,7 @@ def read_expert(path: str | Path, cls: type) -> nn.Module:
     try:
         config = read_config(metadata)
         with torch.device("meta"), no_larger_than(lambda: [Path(path)]):
-            of_those_sizes = cls(**config)
-            of_those_sizes.load_state_dict({name: w.to("meta") for name, w in weights.items()})
+            check_shapes(cls(**config).state_dict(), weights)
         expert = cls(**config)
         expert.load_state_dict(weights)
     except MemoryError:
@@ -59,6 +58,17 @@ def read_expert(path: str | Path, cls: type) -> nn.Module:
         why = kind + " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is not an image expert of this project ({why})") from error
     return expert.eval()
+
+
+def check_shapes(meant: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """ValueError for the first weight that is not as its configuration means it."""
+    for name in sorted(meant.keys() | found.keys()):
+        shapes = [tuple(of[name].shape) if name in of else "none" for of in (meant, found)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"its configuration means a weight {name} of {shapes[0]}, and its file has "
+                f"{shapes[1]}; expected the two of one expert"
+            )
 
 
 COUNTS = ("width", "heads", "intermediate", "patch", "image_size", "channels")
@@ -144,7 +154,8 @@ def nothing_unpickled() -> Iterator[None]:
 MOST_LAYERS = 10_000
 MOST = {  # what ends like this in a configuration is at most so many
     "layers?|depth": MOST_LAYERS,  # the library makes lists of that length
-    "heads|experts": 100_000,
+    "heads": 4096,
+    "experts": 100_000,
     "size|width|dim|embd|d_model|d_ff|patch|channels|intermediate": 2**31 - 1,
 }
 
