@@ -8,6 +8,7 @@ command.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from shutil import get_terminal_size
@@ -58,7 +59,9 @@ def converse(args: argparse.Namespace, expert: ImageExpert, llm: FrozenLLM) -> N
                 print(obey(line, args, expert, llm), flush=True)
             elif line:
                 draw_line(line, args, expert, llm)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if signal.SIGTERM in stop.args:
+                raise
             print("stopped; /quit ends", flush=True)
         except Exception as error:  # the session goes on, whatever is wrong with one line
             print(f"sample.py: {one_line(error)}", file=sys.stderr, flush=True)

@@ -40,9 +40,9 @@ class Forks:
         print(json.dumps(request), file=self.parent.stdin, flush=True)
         return json.loads(self.parent.stdout.readline())
 
-    def start(self, *words, place: Path, **fate) -> "Child":
-        """A command with its flags, which runs in `place` and speaks into files there, from the
-        moment at which a stop is one line.
+    def start(self, *words, place: Path, typed: str = "", **fate) -> "Child":
+        """A command with its flags, which runs in `place`, reads what is typed, and speaks into
+        files there: from the moment at which a stop is one line.
 
         fate: what meets it, if anything. full=BYTES: no file of it may grow beyond, as on a full
         disk; weights_full=BYTES: from when it begins to write the weights to draw with.
@@ -52,11 +52,13 @@ class Forks:
         number = len(list(place.glob("said-*")))
         said = place / f"said-{number}"
         errors = place / f"errors-{number}"
+        heard = place / f"typed-{number}"
+        heard.write_text(typed, "utf-8")
         said.touch()
         errors.touch()
         request = {
             "words": [str(word) for word in words],
-            "files": [os.devnull, str(said), str(errors)],
+            "files": [str(heard), str(said), str(errors)],
             "place": str(place),
             "fate": fate,
         }

@@ -341,6 +341,22 @@ def test_stopped_while_it_draws(forks, new, tmp_path):
                 json.loads(path.read_text("utf-8"))
 
 
+def test_an_interactive_session_ends_with_sigterm(forks, new, tmp_path):
+    """Ctrl-C stops a drawing alone."""
+    run = left_alone(forks, tmp_path, *new, "--steps", "1")
+    words = ["sample.py", "--ckpt", run, "--device", "cpu", "--steps", "30", "--interactive"]
+    child = forks.start(*words, place=tmp_path, typed="a star\n" * 1000)
+    drawn = tmp_path / "samples"
+    until(lambda: len(list(drawn.glob("*.png"))) > 1, child)
+    child.send(signal.SIGINT)
+    until(lambda: "stopped; /quit ends" in child.said, child)
+    before = len(list(drawn.glob("*.png")))
+    until(lambda: len(list(drawn.glob("*.png"))) > before, child)
+    child.send(signal.SIGTERM)
+    check_stopped(child, signal.SIGTERM, "sample.py")
+    assert no_leftovers(tmp_path)
+
+
 # -------------------------------------------------------------------------------------------------
 # a full disk
 

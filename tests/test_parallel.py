@@ -111,6 +111,7 @@ def test_all_stop_after_the_same_step(tiny_run, tmp_path):
     step = step_of_run(str(out))
     assert f"saved at step {step} of 100000" in said, errors
     assert errors.count("train.py: stopped") == 2
+    assert losses_of(out)[-1][0] == step, "a line of the last steps, too"
 
 
 def test_a_batch_that_does_not_divide_is_refused(tiny_run, capsys, monkeypatch):

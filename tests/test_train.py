@@ -1,4 +1,5 @@
-"""Training: frozen LLM, exact resuming, checkpoints that survive a kill, bad input in one line."""
+"""Training: frozen LLM, exact resuming, bad input in one line. What a kill or a stop leaves:
+test_nothing_lost.py."""
 
 import os
 import subprocess
