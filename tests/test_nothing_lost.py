@@ -65,8 +65,8 @@ def left_alone(forks: Forks, folder: Path, *words) -> Path:
 
 def until(happened, child: Child) -> None:
     """Wait for it, or for the end of the child."""
-    while not happened() and not child.ended():
-        time.sleep(0.0005)
+    while not happened() and not child.ended(0.002):
+        pass
 
 
 def mark(path: Path) -> tuple | None:
