@@ -65,8 +65,16 @@ def left_alone(forks: Forks, folder: Path, *words) -> Path:
 
 def until(happened, child: Child) -> None:
     """Wait for it, or for the end of the child."""
-    while not happened() and not child.ended():
-        time.sleep(0.0005)
+    while not happened() and not child.ended(0.002):
+        pass
+
+
+def mark(path: Path) -> tuple | None:
+    """Tells a file or a folder from another one of that name, and from none."""
+    try:
+        return path.stat().st_ino, path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def lines_of(run: Path) -> list[dict]:
@@ -150,18 +158,20 @@ def test_killed_at_random_moments(bridge, forks, llm_folder, tmp_path):
     cut_saves = 0
     for kill in range(kills):
         before = step_of_run(str(run))
+        state = mark(run / STATE)
+        left = mark(run / BESIDE)  # by the kill before
         child = forks.start(*(RESUME if before else new), place=place)
         started = time.monotonic()
         if kill % 2 == 0:
-            until((run / BESIDE).exists, child)
+            until(lambda: mark(run / BESIDE) not in (left, None), child)
             first_save = time.monotonic() - started
             time.sleep(chance.uniform(0, 0.02))
         else:
             moment = started + chance.uniform(0, 1.2 * first_save)
-            until(lambda: time.monotonic() > moment or (run / BESIDE).exists(), child)
+            until(lambda: time.monotonic() > moment or mark(run / STATE) != state, child)
         child.send(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL, f"it ended before its kill: {child.errors}"
-        cut_saves += (run / BESIDE).exists()
+        cut_saves += mark(run / BESIDE) not in (left, None)
         if before and "data shapes" in child.said:
             assert f"resumed at step {before}\n" in child.said
         assert (step_of_run(str(run)) or 0) >= (before or 0)
@@ -169,7 +179,8 @@ def test_killed_at_random_moments(bridge, forks, llm_folder, tmp_path):
     child = forks.run(*(RESUME if step_of_run(str(run)) else new), place=place)
     assert child.status == 0, child.errors
     check_equal(run, alone)
-    assert cut_saves >= kills // 5, "some saves were cut"
+    print(f"{bridge}: {cut_saves} of {kills} kills cut a save")
+    assert cut_saves >= kills // 5
 
 
 def test_killed_at_every_change_of_a_file(forks, new, tmp_path):
@@ -504,7 +515,7 @@ def test_two_that_start_at_the_same_moment(forks, new, tmp_path):
 
 def test_no_resuming_while_the_first_one_trains(forks, new, tmp_path):
     """And once it is killed, its lock is gone with it."""
-    words = [*new, "--steps", "40", "--save-every", "1"]
+    words = [*new, "--steps", "30", "--save-every", "1"]
     alone = left_alone(forks, tmp_path, *words)
     place = place_for(tmp_path, "both")
     first = forks.start(*words, place=place)
