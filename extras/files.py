@@ -20,6 +20,8 @@ from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 from extras.inside import Inside, files_in, metadata_in
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# What is opened, whatever its suffix. No other kinds that Pillow knows: PostScript is a program.
+KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 CACHE_BYTES = 256e6  # of decoded pictures: what fits is decoded once, not every epoch
 
 
@@ -234,7 +236,7 @@ def read_picture(path: str | Path, side: int | None = None) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow has to say about metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=KINDS) as image:
                 return _as_seen(image, side)
     except MemoryError:
         raise
