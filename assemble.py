@@ -341,7 +341,7 @@ def llm_of(
     """The LLM that the expert was trained with, set up as it was then. ValueError for another LLM
     or revision. name: its new place, if it has moved."""
     made_for = expert.made_for
-    if not {"llm", "llm_fingerprint"} <= made_for.keys():
+    if not (made_for.get("llm") and made_for.get("llm_fingerprint")):
         raise ValueError(
             "this checkpoint does not say which LLM it was trained with; expected one that "
             "train.py wrote"

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cli import remove, write_text, write_whole
+from cli import parse_json, remove, write_text, write_whole
 from inspection import check_same_llm
 from loading import ask_hub
 from model import ImageExpert
@@ -445,7 +445,7 @@ def step_of(line: str) -> float:
     """The step of a line of metrics.jsonl; of one that a full disk or a power loss has cut, no step
     of any run."""
     try:
-        step = json.loads(line)["step"]
+        step = parse_json(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
     return step if isinstance(step, int) else math.inf

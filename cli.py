@@ -9,6 +9,7 @@ Nothing heavy is imported here at the top: Ctrl-C must be caught while torch is 
 """
 
 import argparse
+import json
 import math
 import os
 import re
@@ -115,8 +116,14 @@ def one_line(error: BaseException) -> str:
 SAY_ENOUGH = (ValueError, OSError, FloatingPointError, argparse.ArgumentTypeError)
 
 
+# What steers a terminal: moves its cursor, colours it, turns its writing round.
+CONTROLS = re.compile("[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
 def flat(text: str) -> str:
-    """A message of many lines as one, without the tracebacks that some libraries put into it."""
+    """A message of many lines as one, without the tracebacks that some libraries put into it, and
+    without what would steer the terminal."""
+    text = CONTROLS.sub("\ufffd", text)
     text, *inner = text.split("Traceback (most recent call last)")
     if inner:
         text += inner[-1].strip().rpartition("\n")[2]
@@ -443,6 +450,14 @@ def it_may_have_moved(place: str, flag: str) -> Iterator[None]:
             raise
         hint = f"the run has {place}, seen from {Path.cwd()}; if it has moved: {flag} NEW_PLACE"
         raise ValueError(f"{error} ({hint})") from None
+
+
+def parse_json(text: str):
+    """Of anybody's file. ValueError for what is no JSON, or nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write_text(path: Path | str, text: str) -> None:

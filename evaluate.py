@@ -35,6 +35,7 @@ from cli import (
     guidance_form,
     make_folder,
     one_line_errors,
+    parse_json,
     pick_device,
     pick_dtype,
     positive,
@@ -229,7 +230,7 @@ def other_suite(name: str) -> tuple[Callable, Callable]:
 def read_results(path: Path) -> dict:
     """The results already in the file, or {}. ValueError if it is no evaluation."""
     try:
-        return {} | json.loads(path.read_text("utf-8")) if path.exists() else {}
+        return {} | parse_json(path.read_text("utf-8")) if path.exists() else {}
     except (TypeError, ValueError):
         raise ValueError(
             f"{path} is cut, or no evaluation; move it away, or give another --out"

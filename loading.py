@@ -202,7 +202,7 @@ def broken_file(folder: Path) -> str:
             elif path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
                     pass
-        except (OSError, ValueError, SafetensorError):
+        except (OSError, ValueError, RecursionError, SafetensorError):
             return f"{path.name} is cut or damaged: fetch it again; "
     if not (folder / "config.json").exists():
         return "it has no config.json; expected a whole model, an adapter merged into its own; "

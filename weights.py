@@ -117,11 +117,21 @@ def read_config(metadata: dict[str, str]) -> dict:
         raise ValueError(
             f"its prediction is {config['prediction']!r}; expected one of {PREDICTIONS}"
         )
+    check_made_for(config.get("made_for", {}))
+    return config
+
+
+def check_made_for(made_for: dict) -> None:
+    """ValueError for what cannot be read as what a checkpoint was made for."""
     for name, kind in MADE_FOR.items():
-        value = config.get("made_for", {}).get(name)
+        value = made_for.get(name)
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"its made_for has {name} {value!r:.60}; expected a {kind.__name__}")
-    return config
+    thinking = made_for.get("thinking")
+    if thinking and [type(part) for part in thinking] != [str, int, str]:
+        raise ValueError(
+            f"its thinking is {thinking!r:.60}; expected a frame, tokens, what to show"
+        )
 
 
 def name_of(weight: str) -> str:

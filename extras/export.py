@@ -20,7 +20,15 @@ from pathlib import Path
 import torch
 
 from checkpoint import STATE, load_expert, pick_checkpoint
-from cli import OneLineParser, make_folder, one_line_errors, write_text, write_whole
+from cli import (
+    OneLineParser,
+    make_folder,
+    one_line_errors,
+    parse_json,
+    write_text,
+    write_whole,
+)
+from extras.run_logs import read_json, read_json_lines
 from model import ImageExpert
 from weights import read_safetensors
 
@@ -38,7 +46,7 @@ def export(ckpt: str, out: Path) -> Path:
     about = about_run(Path(ckpt))
     origin = expert.made_for.get("from")
     if origin:  # where it lay on this machine is nobody's business
-        origin["name"] = Path(origin["name"]).name
+        origin["name"] = Path(str(origin.get("name"))).name
 
     def write(folder: Path) -> None:
         folder.mkdir()
@@ -56,19 +64,22 @@ def about_run(folder: Path) -> dict:
     about = {}
     if (folder / STATE).exists():
         metadata, _ = read_safetensors(folder / STATE)
-        about["step"] = int(metadata["step"])
-        about["settings"] = json.loads(metadata["args"])
-        about["settings"].pop("out")
-        if about["settings"].get("start"):
-            about["settings"]["start"] = Path(about["settings"]["start"]).name
+        try:
+            about["step"] = int(metadata["step"])
+            settings = {} | parse_json(metadata["args"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{folder / STATE} is not the state of a training run") from None
+        settings.pop("out", None)
+        if settings.get("start"):
+            settings["start"] = Path(str(settings["start"])).name
+        about["settings"] = settings
     if (folder / "metrics.jsonl").exists():
-        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+        lines = read_json_lines(folder / "metrics.jsonl")
         if lines:
-            about["last line of metrics.jsonl"] = json.loads(lines[-1])
+            about["last line of metrics.jsonl"] = lines[-1]
     if (folder / "evaluate.json").exists():
         scores = {}
-        results = json.loads((folder / "evaluate.json").read_text("utf-8"))
-        for suite, result in results.items():
+        for suite, result in read_json(folder / "evaluate.json").items():
             if isinstance(result, dict) and "rows" in result:
                 scores[suite] = result.get("mean", result["rows"])
         about["scores"] = scores

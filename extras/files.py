@@ -13,6 +13,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# What is opened, whatever its suffix. No other kinds that Pillow knows: PostScript is a program.
+KINDS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 # --------------------------------------------------------------------------------------------------
 # text
@@ -101,7 +103,7 @@ def read_picture(file, size: tuple[int, int] | None = None, name: str | None = N
     safe.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=KINDS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow warns, and goes on
                 raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
             return _as_seen(image, size)
@@ -163,7 +165,7 @@ def _as_seen(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
 def size_as_seen(file) -> tuple[int, int]:
     """(height, width) of a picture, by the beginning of its file alone; any error if that is
     damaged."""
-    with Image.open(file) as image:
+    with Image.open(file, formats=KINDS) as image:
         width, height = image.size
         return (width, height) if _turn_of(image) in LIES_ON_ITS_SIDE else (height, width)
 

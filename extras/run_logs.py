@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import write_text
+from cli import parse_json, write_text
 
 SCORES = "scores.jsonl"
 
@@ -82,7 +82,7 @@ def read_json_lines(path: Path) -> list[dict]:
     found = []
     for line in path.read_text("utf-8", "replace").splitlines():
         try:
-            content = json.loads(line)
+            content = parse_json(line)
         except ValueError:
             continue
         if isinstance(content, dict):
@@ -93,7 +93,7 @@ def read_json_lines(path: Path) -> list[dict]:
 def read_json(path: Path) -> dict:
     """A JSON object, or {} where there is none."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = parse_json(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -121,7 +121,7 @@ def pictures_a_step(folder: Path, lines: list[dict]) -> float:
     state = folder / "train_state.safetensors"
     try:
         with safe_open(state, "numpy") as file:
-            return float(json.loads(file.metadata()["args"])["batch_size"])
+            return float(parse_json(file.metadata()["args"])["batch_size"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         raise ValueError(
             f"{folder}: an older run, whose metrics.jsonl does not count pictures; expected "
@@ -201,9 +201,12 @@ def scores_of_race(path: Path) -> dict[str, list[tuple[float, float]]]:
         return {}
     scores: dict[str, list[tuple[float, float]]] = {}
     for point in curve:
+        images = number(point.get("images")) if isinstance(point, dict) else math.nan
+        if math.isnan(images):
+            continue
         for suite in point:
             if suite not in ("images", "images_per_second", "llm_share"):
-                scores.setdefault(suite, []).append((point["images"], point[suite]))
+                scores.setdefault(suite, []).append((images, number(point[suite])))
     return scores
 
 

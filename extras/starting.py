@@ -65,7 +65,7 @@ def flags_of(plain: argparse.Namespace) -> dict:
         )
     expert = load_expert(plain.start, torch.device("cpu"), "--from")
     made_for = expert.made_for
-    if not {"llm", "llm_fingerprint"} <= made_for.keys():
+    if not (made_for.get("llm") and made_for.get("llm_fingerprint")):
         raise ValueError(
             f"--from {plain.start} does not say which LLM it was trained with; expected a "
             "checkpoint that train.py wrote"

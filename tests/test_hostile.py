@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import checkpoint
 import train
-from cli import one_line
+from cli import one_line, report
 from conftest import CPU, TINY_RUN, random_expert
 from data import open_source
 from extras.folders import EditFolder, Folder
@@ -315,6 +315,22 @@ def test_pickled_weights_of_the_hub_are_not_fetched(tmp_path):
     assert server.asked and not any("pytorch_model" in path for path in server.asked)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a program of another kind there")
+def test_a_picture_that_is_a_program_is_not_run(tmp_path):
+    """PostScript by the name of a picture: Pillow would hand it to Ghostscript, by a process of its
+    own, that the one of this test may not find before."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/run\n")
+    (tmp_path / "gs").chmod(0o755)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png", "EPS")
+    code = "import sys; from PIL import Image; from extras.files import read_picture; "
+    for read, is_run in (("read_picture", False), ("lambda path: Image.open(path).load()", True)):
+        words = [sys.executable, "-c", f"{code}({read})(sys.argv[1])", str(tmp_path / "a.png")]
+        paths = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        env = os.environ | {"PATH": paths, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, env=env, capture_output=True, text=True)
+        assert done.returncode and (tmp_path / "run").exists() == is_run, done.stderr
+
+
 # -------------------------------------------------------------------------------------------------
 # absurd sizes
 
@@ -322,7 +338,7 @@ HUGE = """
 import json, resource, shutil, sys, time
 import torch
 from checkpoint import load_expert
-from cli import one_line
+from cli import one_line, report
 from loading import load_llm
 
 cpu = torch.device("cpu")
@@ -375,7 +391,7 @@ def expert_sizes(layers: list[dict]) -> list[dict]:
         {"channels": 10**8},
         {"patch": 10**6, "image_size": 10**6},
         {"text_layers": layers * 3000},
-        {"text_layers": layers * 500_000},
+        {"text_layers": layers * 50_000},
         {"text_layers": [layer | {"key_width": 10**8} for layer in layers]},
     ]
 
@@ -510,3 +526,18 @@ def test_the_shipped_expert_draws_without_a_socket(tmp_path):
     draw = ["sample", "--ckpt", checkpoint.SHIPPED, "--prompt", "a red circle", "--steps", "1"]
     assert sockets([[*draw, "--out", "drawn"]], tmp_path) == ""
     assert (tmp_path / "drawn" / "grid.png").exists()
+
+
+# -------------------------------------------------------------------------------------------------
+# what is told of it
+
+
+def test_words_of_a_file_do_not_steer_the_terminal(capsys):
+    """Colours, the cursor and the direction of writing; whole emoji and every script stay."""
+    said = "\x1b[2J\x9b31m\u202egnp.exe\r\n\0👩\u200d🚀 αβ"
+    with pytest.raises(ValueError) as error:
+        raise ValueError(f"{said}: expected words")
+    report(error.value)
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1 and "gnp.exe" in told and "👩\u200d🚀 αβ" in told
+    assert not {"\x1b", "\x9b", "\u202e", "\0", "\r"} & set(told)
