@@ -138,6 +138,7 @@ def refuse_overwriting(out: str) -> None:
 # going on
 
 MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every"}
+MAY_CHANGE |= {"checkpointing", "accumulate", "plan"}  # what a step takes, not what it is
 MAY_MOVE = {"llm", "data"}  # places: it is what lies there that must be the same
 
 
@@ -146,7 +147,8 @@ def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Nam
     tensors. parse_args(argv, stored settings) -> args."""
     args = parse_args(argv)
     if not args.resume:
-        refuse_overwriting(args.out)
+        if args.plan is None:
+            refuse_overwriting(args.out)
         return args, {}, {}
     state = Path(args.out) / STATE
     if not state.exists():
@@ -160,6 +162,10 @@ def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Nam
             from extras.older_runs import in_new_words
 
             stored = in_new_words(stored)
+        elif ":checkpointing" in stored["bridge"]:
+            from extras.older_runs import with_a_flag
+
+            stored = with_a_flag(stored)
         config = json.loads(metadata["config"])
         if "patcher" not in stored:  # an older run: other defaults, and --size meant other sizes
             stored["patcher"] = "linear"
@@ -321,7 +327,7 @@ class Metrics:
             "resumed_at": self.first,  # step; images_per_second is the mean since then
         }
         if self.run.lm_losses:
-            line["lm_loss"] = torch.stack(self.run.lm_losses).mean().item()
+            line["lm_loss"] = torch.cat(self.run.lm_losses).mean().item()
             self.run.lm_losses.clear()
         if self.run.rank == 0:
             self.append(line)

@@ -352,6 +352,7 @@ def read_config(metadata: dict[str, str]) -> dict:
     if "hidden" in config:  # the name it had in older checkpoints
         config["intermediate"] = config.pop("hidden")
     config.setdefault("patcher", "linear")  # the only one they knew
+    config.pop("checkpointing", None)  # is a run's now
     return config
 
 

@@ -22,10 +22,16 @@ def in_new_words(stored: dict) -> dict:
     return new
 
 
+def with_a_flag(stored: dict) -> dict:
+    """train.py's settings of when a mirrored tower alone had checkpointing -> as they are now."""
+    options = stored["bridge"].split(":")
+    options.remove("checkpointing")
+    return stored | {"bridge": ":".join(options), "checkpointing": True}
+
+
 def bridge(new: dict) -> str:
     """--bridge with the options that were flags of their own."""
     init = new.pop("init", "llm")
-    checkpointing = new.pop("checkpointing", False)
     state = new.pop("hidden_state", "last")
     stride = new.pop("stride", 3)
     no_refiner = new.pop("no_refiner", False)
@@ -36,8 +42,6 @@ def bridge(new: dict) -> str:
         parts = ["mirror"]
         if init != "llm":
             parts.append(f"init={init}")
-        if checkpointing:
-            parts.append("checkpointing")
     elif parts == ["last"]:
         parts.append(f"state={state}")
     elif parts == ["lap"]:
