@@ -98,6 +98,10 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
         expert = expert_like(args, origin, metadata, made_for, reads_pictures).to(device)
     else:
         expert = build_expert(args, llm, source, made_for, tasks is not None).to(device)
+    if args.checkpointing:
+        from extras.checkpointing import checkpoint_layers
+
+        checkpoint_layers(expert)
     expert.attach(llm)
     expert.vae = vae
     expert.shape()  # refused if patches do not fill a picture

@@ -40,7 +40,7 @@ def joint_attention(
     img_q (B, H, N, Dk), img_k (B, G, N, Dk), img_v (B, G, N, Dv); txt_k (B, G, T, Dk), txt_v
     (B, G, T, Dv); mask from text_mask, or None where no row is padded. Returns (B, H, N, Dv).
     (Image keys may be fewer than queries: none, where only the text is asked, as extras/ do.)
-    backend: "sdpa" or "triton", see wants_kernel.
+    backend: "sdpa" or "triton", see wants_kernel. JOINT_ATTENTION=sdpa: SDPA on a CPU, too.
     """
     B, H, N, Dk = img_q.shape
     G = img_v.shape[1]
@@ -58,7 +58,8 @@ def joint_attention(
     # the H // G query heads that share a key head, and all image tokens, share one mask as well: so
     # those heads can simply be more rows of queries
     rows = img_q.reshape(B, G, H // G * N, Dk)
-    if img_q.device.type == "cpu" and torch.is_grad_enabled():
+    on_cpu = img_q.device.type == "cpu" and torch.is_grad_enabled()
+    if on_cpu and os.environ.get("JOINT_ATTENTION") != "sdpa":
         out = matrix_products(rows, joint_k, joint_v, mask)
     else:
         out = F.scaled_dot_product_attention(rows, joint_k, joint_v, attn_mask=mask)

@@ -204,6 +204,7 @@ def refuse_overwriting(out: str) -> None:
 # going on
 
 MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every", "keep"}
+MAY_CHANGE |= {"checkpointing", "accumulate", "plan"}  # what a step takes, not what it is
 MAY_MOVE = {"llm", "data", "vae"}  # places: it is what lies there that must be the same
 
 
@@ -212,7 +213,8 @@ def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Nam
     tensors. parse_args(argv, stored settings) -> args."""
     args = parse_args(argv)
     if not args.resume:
-        refuse_overwriting(args.out)
+        if args.plan is None:
+            refuse_overwriting(args.out)
         return args, {}, {}
     state = Path(args.out) / STATE
     if not state.exists():
@@ -223,7 +225,7 @@ def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Nam
     try:
         stored = json.loads(metadata["args"])
         config = json.loads(metadata["config"])
-        if "one_object" in stored or "patcher" not in stored:
+        if "checkpointing" not in stored:  # an older run
             from extras.older_runs import in_new_words
 
             stored = in_new_words(stored, config)
@@ -422,7 +424,7 @@ class Metrics:
             "resumed_at": self.first,  # step; images_per_second is the mean since then
         }
         if self.run.lm_losses:
-            line["lm_loss"] = torch.stack(self.run.lm_losses).mean().item()
+            line["lm_loss"] = torch.cat(self.run.lm_losses).mean().item()
             self.run.lm_losses.clear()
         if self.has_part:
             self.drop_after(self.run.logged)

@@ -231,7 +231,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def _say_new_form(message: str) -> str:
-    """A flag of an older version is answered with what it has become."""
+    """A flag of an older version, or a choice's option, is answered with what it has become."""
     try:
         from extras.renamed import RENAMED
     except ImportError:  # a copy of the core alone
@@ -306,6 +306,9 @@ def colon_form(text: str, known: dict[str, tuple] | None = None, flag: str = "")
         if known is not None and (option == "" or option not in takes_value):
             if equals or "" not in own or "" in options:
                 owns = ", ".join(filter(None, own)) or "none"
+                old = f"{name}:{option}"
+                if _say_new_form(old) != old:
+                    raise ValueError(f"{flag} {_say_new_form(old)}")
                 raise ValueError(f"{said}: {name} has no option {option!r}; it has {owns}")
             value = option
             option = ""

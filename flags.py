@@ -68,6 +68,16 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
         args.out = default_out(args, parser, bridge)
     if args.batch_size % args.draws:
         raise ValueError(f"--batch-size {args.batch_size} does not divide by --draws {args.draws}")
+    if args.batch_size // args.draws % args.accumulate:
+        raise ValueError(
+            f"--batch-size {args.batch_size}: expected a multiple of --draws {args.draws} times "
+            f"--accumulate {args.accumulate}"
+        )
+    if args.compile and args.checkpointing:
+        raise ValueError(
+            "--checkpointing does not go with --compile, whose compiler fails on it: leave one out "
+            "(--no-checkpointing, --no-compile)"
+        )
     return args
 
 
@@ -231,6 +241,8 @@ def make_parser() -> OneLineParser:
     add("--steps", type=positive(int), default=2400, help="optimizer steps")
     add("--batch-size", type=positive(int), default=64, help="pictures a step")
     add("--draws", type=positive(int), default=4, help="of these, pictures of each caption")
+    parts = "parts of a batch, one after the other: the same step in less memory"
+    add("--accumulate", type=positive(int), default=1, help=parts)
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate")
     add("--warmup", type=positive(int), default=200, help="steps in which it rises")
     add("--weight-decay", type=between(0, 1000), default=0.01, help="of all weights")
@@ -267,7 +279,12 @@ def add_run_flags(parser: OneLineParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     dtypes = ["auto", "float32", "bfloat16"]
     add("--dtype", default="auto", choices=dtypes, help="of the LLM and of autocast")
-    add("--compile", action="store_true", help="torch.compile the expert")
+    on_or_off = argparse.BooleanOptionalAction
+    add("--compile", action=on_or_off, default=False, help="torch.compile the expert")
+    twice = "compute layers twice instead of keeping them: less memory (extras/checkpointing.py)"
+    add("--checkpointing", action=on_or_off, default=False, help=twice)
+    planned = "start nothing: print what it takes, here or on N GPUs (extras/plan.py)"
+    add("--plan", nargs="?", type=positive(int), const=0, metavar="N", help=planned)
     add("--sample-every", type=positive(int), default=500, help="steps between grids of samples")
     add("--save-every", type=positive(int), default=250, help="steps between checkpoints")
     kept = "checkpoints that stay beside the newest: step-000250/ (extras/keeping.py)"

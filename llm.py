@@ -118,8 +118,7 @@ class FrozenLLM:
         self.dtype = model.dtype
         self.revision = revision
         self.writes = writes
-        self.identity = inspection.llm_identity(model, tokenizer)
-        self.fingerprint = self.identity["llm_fingerprint"]
+        self.identify()
         config = model.config.get_text_config()
         self.max_tokens = (getattr(config, "max_position_embeddings", None) or NO_LIMIT) - 1
         self.vocab_size = getattr(model.get_input_embeddings(), "num_embeddings", NO_LIMIT)
@@ -132,6 +131,10 @@ class FrozenLLM:
         self._cached_bytes = 0
         self.inspect_model()
         self.keep(range(len(self.layers)))
+
+    def identify(self) -> None:
+        self.identity = inspection.llm_identity(self.model, self.tokenizer)
+        self.fingerprint = self.identity["llm_fingerprint"]
 
     def inspect_model(self) -> None:
         """Find the attention layers, and how their keys turn with the position."""

@@ -61,25 +61,21 @@ def train_step(
     t = own(run, run.law(count, args.time_mean, TIME_STD, generator)).to(run.device)  # (B,)
     uniform = own(run, torch.rand(count, generator=generator))
 
-    # The caption's context: keys and values that the frozen LLM has for it, from its cache. Some
-    # pictures get the empty prompt instead; guidance will need to know what that draws.
-    dropped = (uniform < args.caption_dropout).tolist()
-    prompts = ["" if drop else caption for caption, drop in zip(captions, dropped)]
-    if run.tasks and run.tasks.pairs:
-        context = run.tasks.context(run, captions, uniform)
-    else:
-        context = run.llm.context(prompts)
-
-    # The loss. x_t = (1 - t) noise + t data lies between the two; the expert sees x_t, t and the
-    # caption, and answers a velocity. The right one is data - noise, the way from noise to picture:
-    # who starts at noise and follows it arrives at a picture, and that is drawing.
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        losses = run.loss(predict, data, noise, t, context)  # (B,)
-    loss = losses.mean()
-    if run.tasks:
-        loss = loss + run.tasks.loss(run)
-    loss.backward()
-    norm = finish_gradients(run, loss.detach())
+    # Losses and gradients: of the whole batch at once or, with --accumulate, of one part after the
+    # other. What a part keeps for its way back is gone when the next one begins.
+    parts = min(args.accumulate, len(data))
+    losses = []
+    loss = 0.0
+    for part in range(parts):
+        some = slice(len(data) * part // parts, len(data) * (part + 1) // parts)
+        of_part = losses_of(run, predict, some, captions, data, noise, t, uniform)
+        share = of_part.sum() / len(data)
+        if run.tasks:
+            share = share + run.tasks.loss(run, part, parts)
+        share.backward()
+        losses.append(of_part.detach())
+        loss = loss + share.detach()
+    norm = finish_gradients(run, loss)
 
     # The update: the learning rate warms up, then decays linearly to zero.
     warm_up = (run.step + 1) / args.warmup
@@ -96,7 +92,34 @@ def train_step(
     with torch.no_grad():
         torch._foreach_lerp_(list(run.ema.parameters()), list(run.expert.parameters()), rate)
     run.step += 1
-    return losses.detach(), t, norm
+    return torch.cat(losses), t, norm
+
+
+def losses_of(
+    run: Run,
+    predict: Callable,
+    some: slice,
+    captions: list[str],
+    data: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    uniform: Tensor,
+) -> Tensor:
+    """The loss of each of `some` pictures of a batch, (n,). uniform (B,): the chance of each."""
+    # The caption's context: keys and values that the frozen LLM has for it, from its cache. Some
+    # pictures get the empty prompt instead; guidance will need to know what that draws.
+    dropped = (uniform[some] < run.args.caption_dropout).tolist()
+    prompts = ["" if drop else caption for caption, drop in zip(captions[some], dropped)]
+    if run.tasks and run.tasks.pairs:
+        context = run.tasks.context(run, captions, uniform, some)
+    else:
+        context = run.llm.context(prompts)
+
+    # The loss. x_t = (1 - t) noise + t data lies between the two; the expert sees x_t, t and the
+    # caption, and answers a velocity. The right one is data - noise, the way from noise to picture:
+    # who starts at noise and follows it arrives at a picture, and that is drawing.
+    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+        return run.loss(predict, data[some], noise[some], t[some], context)
 
 
 def finish_gradients(run: Run, loss: Tensor) -> Tensor:
@@ -256,6 +279,11 @@ def settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict, dict]:
 
 def main(argv: list[str] | None = None) -> None:
     args, metadata, tensors = settings(argv)
+    if args.plan is not None:
+        from extras.plan import print_plan
+
+        print_plan(args)
+        return
     rank, ranks = 0, 1
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun has started several
         from extras.parallel import join

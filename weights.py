@@ -98,6 +98,7 @@ def read_config(metadata: dict[str, str]) -> dict:
     if "hidden" in config:  # the name it had in older checkpoints
         config["intermediate"] = config.pop("hidden")
     config.setdefault("patcher", "linear")  # the only one they knew
+    config.pop("checkpointing", None)  # is a run's now
     check_config(config)
     for name in COUNTS:
         value = config.get(name)

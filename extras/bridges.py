@@ -63,7 +63,7 @@ OPTIONS = {  # name -> its own options, as in lap:stride=1
     "hsi": (),
     "lap": ("stride=", "no-refiner", "per-layer"),
     "metaqueries": ("queries=",),
-    "mirror": ("init=", "checkpointing", "separation=", "lr-ratio="),
+    "mirror": ("init=", "separation=", "lr-ratio="),
 }
 ON_HIDDEN_STATES = ("last", "hsi", "lap")  # which can do with an encoder
 
@@ -208,7 +208,6 @@ def build_mirror(llm: FrozenLLM, options: dict, **shared) -> MirrorTower:
     init = options.get("init", "llm")
     if init not in ("llm", "random"):
         raise ValueError(f"--bridge mirror:init={init}: expected llm or random")
-    shared["checkpointing"] = switch("mirror", options, "checkpointing")
     separation = options.get("separation", "deep")
     if separation not in SEPARATIONS:
         raise ValueError(
@@ -217,8 +216,6 @@ def build_mirror(llm: FrozenLLM, options: dict, **shared) -> MirrorTower:
     ratio = lr_ratio(options)
     if separation == "deep" and not ratio:
         return MirrorTower.beside(llm, init, **shared)
-    if shared["checkpointing"] and separation != "deep":
-        raise ValueError("--bridge mirror:checkpointing: the LLM's own layers cannot; leave it out")
     return SeparatedTower.beside(llm, init, separation, ratio, **shared)
 
 

@@ -212,12 +212,17 @@ def encoded_at(source: str) -> dict:
     return {"image_size": read_index(Path(source))["image_size"]} if is_encoded(source) else {}
 
 
+def sizes_of(name: str | None, source: str) -> dict:
+    """Downsampling and channels of --vae, or of the one that has encoded a source."""
+    if not name:
+        return read_index(Path(source))["vae"]
+    config = read_config(name)[1]
+    return {"downsampling": downsampling(config), "channels": config["latent_channels"]}
+
+
 def latent_side(name: str | None, source: str, image_size: int) -> int:
     """Of pictures of this side, in latents. ValueError if it does not divide."""
-    if name:
-        factor = downsampling(read_config(name)[1])
-    else:
-        factor = read_index(Path(source))["vae"]["downsampling"]
+    factor = sizes_of(name, source)["downsampling"]
     if image_size % factor:
         raise ValueError(f"--image-size {image_size}: expected a multiple of the VAE's {factor}")
     return image_size // factor

@@ -81,15 +81,19 @@ class Tasks:
         self.described = ([captions[i] for i in chosen], pictures[chosen])
         return [captions[i] for i in rest], pictures[rest]
 
-    def context(self, run, captions: list[str], uniform: Tensor) -> Context:
-        """What is read before the edited pictures are drawn.
+    def context(
+        self, run, captions: list[str], uniform: Tensor, some: slice = slice(None)
+    ) -> Context:
+        """What is read before `some` edited pictures of the batch are drawn.
 
         Where uniform (B,) is below the run's share of dropped captions, the instruction is left
         out; in half of these the picture too (InstructPix2Pix, Brooks et al. 2023, section 3.2.1).
         One reading of a picture and its instruction serves all draws of that pair.
         """
         draws = run.args.draws
-        pictures = data_of(run.expert, self.before[::draws], run.device)
+        captions = captions[some]
+        uniform = uniform[some]
+        pictures = data_of(run.expert, self.before[some][::draws], run.device)
         contexts = edit_contexts(run.llm, run.expert, pictures, captions[::draws])
         every = contexts[0].concat(contexts[1]).concat(contexts[2])
         share = run.args.caption_dropout
@@ -100,15 +104,17 @@ class Tasks:
         values = [x[row] for x in every.values]
         return Context(keys, values, every.lengths[row])
 
-    def loss(self, run) -> Tensor | float:
-        """The LLM's loss on what is described, weighted; the run keeps it for its log."""
-        if not self.described or not self.described[0]:
+    def loss(self, run, part: int, parts: int) -> Tensor | float:
+        """The LLM's loss on one part of what is described, weighted, as a share of the mean over
+        all of it; the run keeps it for its log."""
+        captions, pictures = self.described or ([], [])
+        some = slice(len(captions) * part // parts, len(captions) * (part + 1) // parts)
+        if not captions[some]:
             return 0.0
-        captions, pictures = self.described
-        data = data_of(run.expert, pictures, run.device)
-        losses = caption_loss(run.llm, run.expert, data, captions)
-        run.lm_losses.append(losses.detach().mean())
-        return run.args.lm_weight * losses.mean()
+        shown = data_of(run.expert, pictures[some], run.device)
+        losses = caption_loss(run.llm, run.expert, shown, captions[some])
+        run.lm_losses.append(losses.detach())
+        return run.args.lm_weight * losses.sum() / len(captions)
 
     def samples(self, run, prompts: list[str], seeds: list[int]) -> np.ndarray:
         """(prompts, 2, height, width, 3) uint8: pictures before and after an edit."""

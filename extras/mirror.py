@@ -1,18 +1,16 @@
 """The papers' own expert beside the same frozen LLM: a trainable copy of its decoder.
 
     python train.py --bridge mirror                    # starts from the LLM's weights
-    python train.py --bridge mirror:init=random:checkpointing
+    python train.py --bridge mirror:init=random --checkpointing
 
 `ReadOnlyCache` and `cache_mask` let any model of the library read on after a caption's cache.
 """
 
 import json
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AutoModel, DynamicCache
 
 from llm import Context, FrozenLLM, with_cache
@@ -29,9 +27,8 @@ class MirrorTower(ImageExpert):
     caption in the LLM's cache. Deviations: the place of a patch is the additive table of
     `ImageExpert`, and there is no QK-norm where the LLM has none.
 
-    llm_config: the LLM's text configuration, as a dict. checkpointing: compute each layer's
-    activations again in the backward pass instead of keeping them. ValueError if the architecture
-    cannot serve (see `check`).
+    llm_config: the LLM's text configuration, as a dict. ValueError if the architecture cannot serve
+    (see `check`).
     """
 
     without_dropout: tuple[str, ...] = ("decoder",)
@@ -45,7 +42,6 @@ class MirrorTower(ImageExpert):
         channels: int = 3,
         patcher: str = "unet",
         prediction: str = "clean",
-        checkpointing: bool = False,
         made_for: dict | None = None,
         reads_pictures: bool = False,
     ):
@@ -58,7 +54,6 @@ class MirrorTower(ImageExpert):
             "channels": channels,
             "patcher": patcher,
             "prediction": prediction,
-            "checkpointing": checkpointing,
             "made_for": made_for or {},
             "reads_pictures": reads_pictures,
         }
@@ -84,9 +79,6 @@ class MirrorTower(ImageExpert):
             nn.Linear(256, self.width), nn.SiLU(), nn.Linear(self.width, self.width)
         )
         self.train()
-        if checkpointing:
-            for block in self.blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def train(self, mode: bool = True) -> "MirrorTower":
         super().train(mode)

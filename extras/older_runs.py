@@ -15,6 +15,10 @@ def in_new_words(stored: dict, config: dict) -> dict:
             new["data"] = "shapes:colored"
         if "text_layers" in config:
             new |= {"width": config["width"], "depth": len(config["text_layers"])}
+    if ":checkpointing" in new["bridge"]:  # when a mirrored tower alone had it
+        options = new["bridge"].split(":")
+        options.remove("checkpointing")
+        new |= {"bridge": ":".join(options), "checkpointing": True}
     return new
 
 
@@ -36,10 +40,10 @@ def with_options(stored: dict) -> dict:
     return new
 
 
+
 def bridge(new: dict) -> str:
     """--bridge with the options that were flags of their own."""
     init = new.pop("init", "llm")
-    checkpointing = new.pop("checkpointing", False)
     state = new.pop("hidden_state", "last")
     stride = new.pop("stride", 3)
     no_refiner = new.pop("no_refiner", False)
@@ -50,8 +54,6 @@ def bridge(new: dict) -> str:
         parts = ["mirror"]
         if init != "llm":
             parts.append(f"init={init}")
-        if checkpointing:
-            parts.append("checkpointing")
     elif parts == ["last"]:
         parts.append(f"state={state}")
     elif parts == ["lap"]:

@@ -31,11 +31,7 @@ def join(args: argparse.Namespace) -> tuple[int, int]:
     """Meet the other processes that torchrun has started -> this one's rank, and how many there
     are. ValueError if a batch has no equal part for each."""
     ranks = int(os.environ["WORLD_SIZE"])
-    if args.batch_size // args.draws % ranks:
-        raise ValueError(
-            f"--batch-size {args.batch_size}: expected a multiple of --draws {args.draws} times "
-            f"the {ranks} processes"
-        )
+    check_parts(args, ranks)
     rank = int(os.environ["RANK"])
     backend = "gloo"
     if torch.cuda.is_available():
@@ -48,6 +44,18 @@ def join(args: argparse.Namespace) -> tuple[int, int]:
     if rank:
         sys.stdout = open(os.devnull, "w")
     return rank, ranks
+
+
+def check_parts(args: argparse.Namespace, ranks: int) -> None:
+    """ValueError if a batch does not divide into equal parts of whole captions."""
+    parts = f"the {ranks} processes"
+    if args.accumulate > 1:
+        parts += f" times --accumulate {args.accumulate}"
+    if args.batch_size // args.draws % (ranks * args.accumulate):
+        raise ValueError(
+            f"--batch-size {args.batch_size}: expected a multiple of --draws {args.draws} times "
+            f"{parts}"
+        )
 
 
 def leave() -> None:

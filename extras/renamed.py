@@ -1,8 +1,8 @@
-"""What the flags of older versions have become; cli.py answers an unknown flag with it."""
+"""What the flags and options of older versions have become; cli.py answers unknown ones with it."""
 
 CONSTANT = "a constant at the top of train.py"
 
-RENAMED = {  # flag -> "... is now" this
+RENAMED = {  # flag, or a choice's option -> "... is now" this
     # the data
     "--one-object": "--data shapes:one-object",
     "--emoji-font": "--data emoji:font=FILE",
@@ -10,7 +10,7 @@ RENAMED = {  # flag -> "... is now" this
     # how the LLM reaches the expert
     "--expert": "--bridge mirror",
     "--init": "--bridge mirror:init=random",
-    "--checkpointing": "--bridge mirror:checkpointing",
+    "mirror:checkpointing": "--checkpointing",
     "--hidden-state": "--bridge last:state=12",
     "--stride": "--bridge lap:stride=1",
     "--no-refiner": "--bridge lap:no-refiner",

@@ -2,10 +2,12 @@
 an LLM and an expert."""
 
 import copy
+import json
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from test_families import (
     FAMILIES,
     LISTED_WITH,
@@ -25,13 +27,14 @@ from cli import colon_form
 from conftest import CPU, DECODERS, TINY_RUN
 from extras.bridge_llm import BridgeLLM, FrozenEncoder, any_class
 from extras.bridges import BRIDGES, OPTIONS, build, count_parameters, llm_options
+from extras.checkpointing import checkpoint_layers
 from extras.mirror import MirrorTower
 from extras.thinking import Thinking, with_reading
 from flags import RECIPES
 from inspection import fingerprint
 from llm import FrozenLLM
 from loading import load_llm
-from model import ImageExpert
+from model import ImageExpert, read_safetensors
 from sample import draw
 
 CAPTIONS = ["a red circle", "the heart is to the left of the gold ring", ""]
@@ -81,7 +84,9 @@ def test_checkpointing_changes_no_gradient(tiny_llm):
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        tower = beside(llm, checkpointing=checkpointing)
+        tower = beside(llm)
+        if checkpointing:
+            checkpoint_layers(tower)
         ran = []
         tower.blocks[0].register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
         tower.blocks[0].self_attn.register_forward_pre_hook(lambda *_, ran=ran: ran.append(2))
@@ -143,9 +148,32 @@ def test_training_resumes_and_the_llm_stays(llm_folder, tmp_path):
     assert pictures.shape == (1, 16, 16, 3)
 
 
+def test_a_run_of_when_checkpointing_was_the_mirrors_goes_on(llm_folder, tmp_path):
+    """Then it was an option of --bridge, and stood in the tower's configuration."""
+    flags = ["--llm", str(llm_folder("llama")), *MIRROR.split(), "--out", str(tmp_path / "run")]
+    run = train.prepare(*train.settings([*flags, "--steps", "2"]))
+    take_steps(run, 1)
+    checkpoint.save_run(run)
+    state = tmp_path / "run" / checkpoint.STATE
+    metadata, tensors = read_safetensors(state)
+    args = json.loads(metadata["args"]) | {"bridge": "mirror:init=random:checkpointing"}
+    for later in ("checkpointing", "accumulate", "plan"):
+        del args[later]
+    config = json.loads(metadata["config"]) | {"checkpointing": True}
+    metadata |= {"args": json.dumps(args), "config": json.dumps(config)}
+    save_file(tensors, state, metadata=metadata)
+    again = train.prepare(*train.settings(["--resume", "--out", str(tmp_path / "run")]))
+    assert again.step == 1 and again.args.bridge == "mirror:init=random"
+    assert again.args.checkpointing and "checkpointing" not in again.expert.config
+    assert "forward" in again.expert.blocks[0].__dict__, "the layers are checkpointed"
+    assert again.args.accumulate == 1
+    take_steps(again, 1)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["--bridge", "mirror:checkpointing"], "--bridge mirror:checkpointing is now --checkp"),
         (["--bridge", "mirror", "--width", "64"], "--width is not for --bridge mirror"),
         (["--bridge", "mirror", "--layers", "lower"], "--layers is not for --bridge mirror"),
     ],

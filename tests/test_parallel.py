@@ -64,12 +64,19 @@ def losses_of(out: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"], line["images"]) for line in lines]
 
 
-@pytest.mark.parametrize("task", [[], ["--data", "edits"], ["--bridge", "metaqueries:queries=4"]])
+@pytest.mark.parametrize(
+    "task",
+    [
+        [],
+        ["--data", "edits", "--draws", "2", "--accumulate", "2"],
+        ["--bridge", "metaqueries:queries=4"],
+    ],
+)
 def test_two_processes_have_the_gradients_of_one(task, two_processes, tiny_run, tmp_path):
     """Of the joined batch, in float32: what the optimizers keep after a step is the gradient."""
     flags = [*tiny_run, *task, "--steps", "1"]
     two_processes(*flags, "--out", tmp_path / "two")
-    train.main([*flags, "--out", str(tmp_path / "one")])
+    train.main([*flags, "--accumulate", "1", "--out", str(tmp_path / "one")])
     one = state_of(tmp_path / "one")
     two = state_of(tmp_path / "two")
     assert one.keys() == two.keys()
@@ -118,3 +125,6 @@ def test_a_batch_that_does_not_divide_is_refused(tiny_run, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     said = refusal(capsys, train.main, *tiny_run)  # 8 pictures, 4 of each caption
     assert "expected a multiple of --draws 4 times the 3 processes" in said
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refusal(capsys, train.main, *tiny_run, "--accumulate", "2")
+    assert said.endswith("times the 2 processes times --accumulate 2")

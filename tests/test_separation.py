@@ -157,7 +157,9 @@ def test_what_cannot_be_separated_is_refused(tiny_run, capsys):
         "mirror:separation=half",
         "mirror:lr-ratio=2",
         "mirror:lr-ratio=x",
-        "mirror:separation=none:checkpointing",
     ):
         said = refusal(capsys, train.main, *flags_of(tiny_run, bridge))
         assert bridge.split(":", 1)[1].split(":")[-1].split("=")[0] in said
+    flags = flags_of(tiny_run, "mirror:separation=none")
+    said = refusal(capsys, train.main, *flags, "--checkpointing")
+    assert "--checkpointing: with --bridge mirror:separation=none" in said

@@ -109,6 +109,81 @@ def test_resumed_equals_uninterrupted(tiny_run, tmp_path, dtype):
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def one_step(*flags) -> tuple[train.Run, dict[str, torch.Tensor]]:
+    """A run after its first step: losses, norm, and what the optimizers keep, the gradients."""
+    run = start(*flags)
+    batch = next(train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, 0))
+    losses, t, norm = train.train_step(run, run.expert, *batch)
+    seen = {"losses": losses, "t": t, "norm": norm}
+    if run.lm_losses:
+        seen["lm losses"] = torch.cat(run.lm_losses)
+    for optimizer in run.optimizers:
+        for p, state in optimizer.state.items():
+            for kind in ("exp_avg", "momentum_buffer"):
+                if kind in state:
+                    seen[f"gradient {len(seen)}"] = state[kind]
+    return run, seen
+
+
+@pytest.mark.parametrize(
+    "task",
+    [[], ["--describe", 0.3], ["--data", "edits"], ["--objective", "ddpm"]],
+    ids=lambda task: " ".join(map(str, task)) or "plain",
+)
+def test_parts_of_a_batch_have_the_gradients_of_the_whole(task, tiny_run, tmp_path):
+    """--accumulate, in float32. Of what is described and of what is drawn then, parts are uneven;
+    edits are cut between pairs."""
+    draws = 2 if "edits" in task else 1
+    flags = [*tiny_run, *task, "--draws", draws, "--caption-dropout", 0.3]
+    _, whole = one_step(*flags)
+    run, parts = one_step(*flags, "--accumulate", 4)
+    assert run.args.accumulate == 4 and whole.keys() == parts.keys() and len(whole) > 10
+    size = max(1, *(x.abs().max() for name, x in whole.items() if "gradient" in name))
+    for name, x in whole.items():
+        assert x.shape == parts[name].shape
+        error = (x - parts[name]).abs().max()
+        assert error < 1e-6 * size, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("tower", ["mot", "mirror"])
+def test_checkpointing_changes_memory_alone(tower, tiny_run, tmp_path):
+    """The same bits from less that is saved for the way back; it is no part of the expert, and a
+    run that goes on may switch it off."""
+    flags = [*tiny_run, "--describe", 0.3]
+    if tower == "mirror":
+        cut = tiny_run.index("--width")  # and its depth: a mirror has the LLM's
+        flags = [*tiny_run[:cut], *tiny_run[cut + 4 :], "--bridge", "mirror"]
+    saved: dict[str, dict[int, int]] = {}
+    ends = {}
+    for name in ("plain", "checkpointing"):
+        run = start(*flags, "--out", tmp_path / name, *["--checkpointing"] * (name != "plain"))
+        weights = {p.data_ptr() for p in run.expert.parameters()}
+        storages = saved.setdefault(name, {})
+
+        def keep(x, weights=weights, storages=storages):
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[id(storage)] = storage
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            steps(run, 1)
+        steps(run, 1)
+        checkpoint.save_run(run)
+        ends[name] = run
+    sizes = {name: sum(x.nbytes() for x in found.values()) for name, found in saved.items()}
+    assert 0 < sizes["checkpointing"] < 0.6 * sizes["plain"], sizes
+    assert ends["plain"].expert.config == ends["checkpointing"].expert.config
+
+    resumed = start("--resume", "--no-checkpointing", "--out", tmp_path / "checkpointing")
+    assert not resumed.args.checkpointing
+    assert resumed.expert.blocks[0].__dict__.keys() == ends["plain"].expert.blocks[0].__dict__.keys()
+    steps(resumed, 1)
+    steps(ends["plain"], 1)
+    for (name, a), b in zip(resumed.expert.named_parameters(), ends["plain"].expert.parameters()):
+        assert torch.equal(a, b), f"{name}: {(a - b).abs().max():.2e}"
+
+
 def command(*words, cwd=ROOT, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *map(str, words)],
@@ -207,6 +282,8 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_run, llm_folder, t
     cases = [
         (["--patch", "5"], "--image-size 16 does not divide by --patch 5"),
         (["--batch-size", "6"], "--batch-size 6 does not divide by --draws 4"),
+        (["--accumulate", "4"], "--batch-size 8: .* --draws 4 times --accumulate 4"),
+        (["--compile", "--checkpointing"], "--checkpointing does not go with --compile"),
         (["--width", "30"], "--width 30 does not divide by 4"),
         (["--heads", "3"], "--heads 3: expected a multiple of the LLM's 2"),
         (["--depth", "9"], "--depth 9: .* has 3 attention layers"),
