@@ -25,6 +25,7 @@ from flow import flow_loss, sample_time
 from inspection import check_same_llm
 from llm import FrozenLLM
 from loading import load_llm
+from metrics import TIME_BINS
 from model import ExpertBlock, ImageExpert
 from patches import Conv
 
@@ -46,7 +47,7 @@ class Run:
     step: int = 0  # steps done
     tasks: object = None  # beside drawing from captions: see extras/lmfusion_training.py
     logged: int = 0  # the step of the last line of metrics.jsonl; since then:
-    losses: Tensor = field(default_factory=partial(torch.zeros, 2, checkpoint.TIME_BINS))
+    losses: Tensor = field(default_factory=partial(torch.zeros, 2, TIME_BINS))
     lm_losses: list[Tensor] = field(default_factory=list)  # of what was described
     loss: Callable = flow_loss  # the objective,
     law: Callable = sample_time  # and of its times

@@ -8,12 +8,9 @@ as one that never was.
 import argparse
 import json
 import logging
-import math
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cli import parse_json, remove, write_text, write_whole
+from cli import remove, write_whole
 from inspection import check_same_llm
 from loading import ask_hub
 from model import ImageExpert
@@ -33,7 +30,6 @@ STATE = "train_state.safetensors"
 WEIGHTS = ("model.safetensors", "config.json")  # what is there to draw with
 KEPT = "kept.json"  # marks a folder that --keep has made
 LEFTOVERS = (f"tmp-{STATE}", "tmp-metrics.jsonl", "tmp-samples-*.png", "tmp-step-*")  # of a kill
-TIME_BINS = 5  # of equal width in t
 
 # -------------------------------------------------------------------------------------------------
 # the state of a run
@@ -61,7 +57,7 @@ def save_run(run) -> None:
         "tower": type(run.expert).__name__,
         "config": json.dumps(run.expert.config),
         "interval": json.dumps(
-            [run.logged, run.losses.tolist(), [loss.item() for loss in run.lm_losses]]
+            [run.logged, run.losses.tolist(), list(chain(*map(Tensor.tolist, run.lm_losses)))]
         ),
         **run.data_identity,
     }
@@ -121,7 +117,8 @@ def load_run(run, metadata: dict, tensors: dict) -> None:
     if "interval" in metadata:  # older runs have none
         run.logged, losses, lm_losses = json.loads(metadata["interval"])
         run.losses.copy_(torch.tensor(losses))
-        run.lm_losses += torch.tensor(lm_losses, device=run.device)
+        if lm_losses:
+            run.lm_losses.append(torch.tensor(lm_losses, device=run.device))
     parts = {}  # name of a parameter -> {"expert", "ema", and the optimizer's moments of it}
     for key, value in tensors.items():
         part, _, name = key.partition(".")
@@ -340,127 +337,3 @@ def find_checkpoint(ckpt: str, flag: str = "--ckpt") -> Path:
     if why:
         raise ValueError(f"{flag} {ckpt}: no such folder, and as a Hub id: {why}")
     return Path(hf_hub_download(ckpt, path.name))
-
-
-# -------------------------------------------------------------------------------------------------
-# metrics
-
-
-class Metrics:
-    """metrics.jsonl: the loss per bin of t, and the speed, of every interval. A resumed run drops
-    what it will do again. One that was stopped within an interval has a line of its part; it goes
-    on with that interval, and the line of the whole takes the part's place."""
-
-    def __init__(self, run, batches):
-        self.run = run
-        self.batches = batches
-        self.path = Path(run.args.out) / "metrics.jsonl"
-        self.drop_after(run.step)
-        self.has_part = run.logged < run.step
-        self.first = run.step
-        self.started = time.perf_counter()
-        self.llm_before = run.llm.seconds
-        if run.rank:  # the first process has the sums of all
-            run.losses.zero_()
-
-    def drop_after(self, step: int) -> None:
-        if self.run.rank:
-            return
-        lines = []
-        if self.path.exists():
-            lines = self.path.read_text("utf-8", "replace").split("\n")
-        kept = [f"{line}\n" for line in lines if step_of(line) <= step]
-        write_text(self.path, "".join(kept))
-
-    def add(self, losses: Tensor, t: Tensor, norm: Tensor) -> None:
-        self.norm = norm
-        bins = (t.cpu() * TIME_BINS).long().clamp(max=TIME_BINS - 1)
-        sums = torch.stack([losses.cpu(), torch.ones(len(bins))])
-        self.run.losses.index_add_(1, bins, sums)
-
-    def sum_up(self) -> None:
-        """Of several processes, the first gets the sums of all."""
-        if self.run.ranks > 1:
-            from extras.parallel import sum_over_ranks
-
-            sum_over_ranks(self.run.losses)
-        if self.run.rank:
-            self.run.losses.zero_()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out what is not training."""
-        before = time.perf_counter()
-        llm_before = self.run.llm.seconds
-        try:
-            yield
-        finally:
-            self.started += time.perf_counter() - before
-            self.llm_before += self.run.llm.seconds - llm_before
-
-    def speed(self) -> tuple[float, float, float]:
-        """Images per second; of the time the shares of the LLM, and of waiting for data."""
-        seconds = time.perf_counter() - self.started
-        images = (self.run.step - self.first) * self.run.args.batch_size
-        llm_seconds = self.run.llm.seconds - self.llm_before
-        return images / seconds, llm_seconds / seconds, self.batches.waited / seconds
-
-    def write(self) -> str:
-        """The line of the steps since the last one, and what the progress bar says of them."""
-        self.sum_up()
-        total, count = self.run.losses
-        images_per_second, llm_share, data_share = self.speed()
-        loss = (total.sum() / count.sum()).item()
-        line = {
-            "step": self.run.step,
-            "loss": loss,
-            "loss_by_t": (total / count.clamp(min=1)).tolist(),
-            "grad_norm": self.norm.item(),
-            "lr": self.run.optimizers[0].param_groups[0]["lr"],
-            "images_per_second": images_per_second,
-            "llm_share": llm_share,
-            "data_share": data_share,
-            "images": self.run.step * self.run.args.batch_size,
-            "resumed_at": self.first,  # step; images_per_second is the mean since then
-        }
-        if self.run.lm_losses:
-            line["lm_loss"] = torch.cat(self.run.lm_losses).mean().item()
-            self.run.lm_losses.clear()
-        if self.has_part:
-            self.drop_after(self.run.logged)
-            self.has_part = False
-        if self.run.rank == 0:
-            self.append(line)
-        self.run.losses.zero_()
-        self.run.logged = self.run.step
-        return f"loss {loss:.4f}, {images_per_second:.0f} images/s"
-
-    def append(self, line: dict) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise OSError(f"{self.path} could not be written: {error}") from error
-
-
-def step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; of one that a full disk or a power loss has cut, no step
-    of any run."""
-    try:
-        step = parse_json(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-    return step if isinstance(step, int) else math.inf
-
-
-def peak_memory(device: torch.device) -> str:
-    """The most memory that this process has had, in GB = 10^9 bytes."""
-    try:
-        import resource
-    except ImportError:
-        return "unknown"  # Windows
-    per_gb = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, kB elsewhere
-    said = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_gb:.1f} GB"
-    if device.type == "cuda":
-        said += f" ({torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU)"
-    return said

@@ -33,6 +33,7 @@ from assemble import Run, prepare
 from batches import Batches
 from cli import Locked, captioned_grid, one_line_errors, stops_wait, write_whole
 from flags import parse_args
+from metrics import Metrics, peak_memory
 from sample import data_of, draw
 
 TIME_STD = 1.0
@@ -194,7 +195,7 @@ def train_loop(run: Run, batches: Batches, until: int, progress: tqdm) -> None:
     started = time.perf_counter()
     args = run.args
     predict = torch.compile(run.expert) if args.compile else run.expert
-    metrics = checkpoint.Metrics(run, batches)
+    metrics = Metrics(run, batches)
     saved = run.step
     first = run.rank == 0  # it writes for all
     try:
@@ -238,7 +239,7 @@ def train_loop(run: Run, batches: Batches, until: int, progress: tqdm) -> None:
         say_what_was_trained(run, metrics, time.perf_counter() - started)
 
 
-def say_what_was_trained(run: Run, metrics: checkpoint.Metrics, seconds: float) -> None:
+def say_what_was_trained(run: Run, metrics: Metrics, seconds: float) -> None:
     skipped = getattr(run.source, "skipped", None)
     if skipped:
         print(f"pictures that did not decode and were skipped: {len(skipped)}")
@@ -246,7 +247,7 @@ def say_what_was_trained(run: Run, metrics: checkpoint.Metrics, seconds: float) 
     print(
         f"{images_per_second:.0f} images/s; of the training time the LLM took {llm_share:.0%}, "
         f"waiting for data {data_share:.0%}; {seconds / 60:.1f} minutes, peak memory "
-        f"{checkpoint.peak_memory(run.device)}"
+        f"{peak_memory(run.device)}"
     )
     prompt = run.source.prompts[0]
     now = f'python sample.py --ckpt {run.args.out} --prompt "{prompt}"'

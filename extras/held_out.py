@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from checkpoint import STATE, TIME_BINS
+from checkpoint import STATE
 from data import open_source
 from evaluate import LoadedRun
 from flags import data_form
 from flow import flow_loss
+from metrics import TIME_BINS
 from model import ImageExpert
 from sample import AT_ONCE, data_of
 from train import step_generator

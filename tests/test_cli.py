@@ -25,6 +25,7 @@ import checkpoint
 import cli
 import evaluate
 import flags
+import metrics
 import sample
 import train
 from conftest import save_tiny_llm
@@ -501,7 +502,7 @@ def test_a_grid_is_of_a_size_that_opens(prompts, n, side, caption):
 
 def test_windows_has_no_module_resource(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert checkpoint.peak_memory(torch.device("cpu")) == "unknown"
+    assert metrics.peak_memory(torch.device("cpu")) == "unknown"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import metrics
 import train
 from assemble import llm_of
 from cli import TRACEBACK, captioned_grid, file_words, one_line
@@ -568,4 +569,4 @@ def test_logs_of_runs(data):
         works_or_says(lambda: read_results(root / "evaluate.json"), str(root))
         about_run(root)
         for line in (root / "metrics.jsonl").read_text().split("\n"):
-            checkpoint.step_of(line)
+            metrics.step_of(line)

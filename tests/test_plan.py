@@ -64,7 +64,7 @@ def test_a_real_step_has_as_much_at_once(more, tiny_run, llm_folder, tmp_path):
         flags = ["--llm", llm_folder("llama"), "--out", tmp_path / "run", *MIRROR.split()]
     plan = planned(*flags)
     run = start(*flags)
-    batches = train.batches(run.source, run.llm, 8, run.args.draws, 0)
+    batches = train.Batches(run.source, run.llm, 8, run.args.draws, 0)
     steps(run, 1)
     live = Live([*run.expert.parameters(), *run.ema.parameters()])
     with live:

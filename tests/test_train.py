@@ -112,7 +112,7 @@ def test_resumed_equals_uninterrupted(tiny_run, tmp_path, dtype):
 def one_step(*flags) -> tuple[train.Run, dict[str, torch.Tensor]]:
     """A run after its first step: losses, norm, and what the optimizers keep, the gradients."""
     run = start(*flags)
-    batch = next(train.batches(run.source, run.llm, run.args.batch_size, run.args.draws, 0))
+    batch = next(train.Batches(run.source, run.llm, run.args.batch_size, run.args.draws, 0))
     losses, t, norm = train.train_step(run, run.expert, *batch)
     seen = {"losses": losses, "t": t, "norm": norm}
     if run.lm_losses:
