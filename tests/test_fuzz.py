@@ -44,6 +44,8 @@ from extras.run_logs import read_run
 from loading import file_sha256, load_llm
 from sample import draw
 
+pytestmark = pytest.mark.slow  # a quarter of a minute
+
 TIMES = int(os.environ.get("FUZZ_TIMES", 1))
 LONGEST = 20  # seconds, after which it hangs
 

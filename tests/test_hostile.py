@@ -396,6 +396,7 @@ def expert_sizes(layers: list[dict]) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux alone limits memory so")
 def test_absurd_sizes_take_no_memory(tiny_llm, llm_folder, tmp_path):
     """A configuration says them, and the weights do not have them: refused by a process that gets
@@ -496,6 +497,7 @@ def sockets(commands: list[list], folder: Path) -> str:
     return log.read_text()
 
 
+@pytest.mark.slow
 def test_no_socket_is_opened_once_the_files_are_there(llm_folder, tmp_path):
     """An LLM in a folder, and one of the Hub's in the local cache."""
     cached = tmp_path / "hub" / "models--a--tiny"
