@@ -92,17 +92,7 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     if args.buckets:
         use_buckets(args, source, made_for)
     tasks = further_tasks(args, source, llm, made_for)
-    if args.start:
-        from extras.starting import expert_like
-
-        reads_pictures = tasks is not None
-        expert = expert_like(args, origin, metadata, made_for, reads_pictures).to(device)
-    else:
-        expert = build_expert(args, llm, source, made_for, tasks is not None).to(device)
-    if args.checkpointing:
-        from extras.checkpointing import checkpoint_layers
-
-        checkpoint_layers(expert)
+    expert = begin_expert(args, origin, metadata, made_for, llm, source, tasks is not None)
     expert.attach(llm)
     expert.vae = vae
     expert.shape()  # refused if patches do not fill a picture
@@ -225,6 +215,29 @@ def set_reader(args: argparse.Namespace, llm: FrozenLLM, before: dict) -> dict:
         return {key: before.get(key) for key in ("template", "expose", "thinking")}
     llm.reader, reading = reader_from_flags(llm, args.template, args.read)
     return reading
+
+
+def begin_expert(
+    args: argparse.Namespace,
+    origin: ImageExpert | None,
+    metadata: dict,
+    made_for: dict,
+    llm: FrozenLLM,
+    source,
+    reads_pictures: bool,
+) -> ImageExpert:
+    """With the weights of `origin`, or of the size that is asked for, fresh from the seed."""
+    if args.start:
+        from extras.starting import expert_like
+
+        expert = expert_like(args, origin, metadata, made_for, reads_pictures)
+    else:
+        expert = build_expert(args, llm, source, made_for, reads_pictures)
+    if args.checkpointing:
+        from extras.checkpointing import checkpoint_layers
+
+        checkpoint_layers(expert)
+    return expert.to(llm.device)
 
 
 def build_expert(

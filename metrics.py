@@ -18,9 +18,9 @@ TIME_BINS = 5  # of equal width in t
 
 
 class Metrics:
-    """Of a run (assemble.Run), what its steps say until the next line. A resumed run drops the lines
-    of what it will do again. One that was stopped within an interval has a line of its part; it goes
-    on with that interval, and the line of the whole takes the part's place."""
+    """Of a run (assemble.Run), what its steps say until the next line. A resumed run drops the
+    lines of what it will do again. One that was stopped within an interval has a line of its part;
+    it goes on with that interval, and the line of the whole takes the part's place."""
 
     def __init__(self, run, batches: Batches):
         self.run = run

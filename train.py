@@ -8,7 +8,8 @@
     torchrun --nproc_per_node=8 train.py               # on eight GPUs (extras/parallel.py)
 
 Writes into --out: model.safetensors (the expert's EMA weights, config inside),
-train_state.safetensors (all that --resume needs), metrics.jsonl, and samples as PNG.
+train_state.safetensors (all that --resume needs), metrics.jsonl, and samples as PNG; with --keep,
+the weights of older checkpoints in step-000250/.
 """
 
 if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one line

@@ -80,7 +80,8 @@ class Child:
         self.status = None
 
     def send(self, number: int) -> None:
-        os.kill(self.pid, number)  # not reaped before wait(), so it is no other process
+        assert self.status is None, f"it has ended, with {self.status}: {self.errors}"
+        os.kill(self.pid, number)
 
     def ended(self, seconds: float = 0) -> bool:
         """Wait so long at most, and say whether it has ended."""
@@ -119,6 +120,7 @@ def serve() -> None:
     import sample
     import train
 
+    living = set()
     mains = {"train.py": train.main, "sample.py": sample.main, "evaluate.py": evaluate.main}
     for line in sys.stdin:
         request = json.loads(line)
@@ -131,9 +133,14 @@ def serve() -> None:
             os.close(there)
             os.read(here, 1)  # it listens to signals
             os.close(here)
+            living.add(answer)
         elif "wait" in request:
             answer = status_of(request["wait"], request["seconds"])
+            if answer is not None:
+                living.remove(request["wait"])
         print(json.dumps(answer), file=replies, flush=True)
+    for pid in living:  # of a test that failed
+        os.kill(pid, signal.SIGKILL)
 
 
 def status_of(pid: int, seconds: float) -> int | None:

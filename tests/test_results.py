@@ -60,6 +60,18 @@ def languages_of(results: dict) -> dict[str, dict]:
 # README: is my run right, and what it shows
 
 
+def planned() -> list[list[str]]:
+    rows = []
+    plans = read("plan")["planned"]
+    for one, eight in zip(plans[::2], plans[1::2]):
+        assert [plan["GPUs"] for plan in (one, eight)] == [1, 8]
+        flags = []
+        for plan in (one, eight):
+            flags.append(f"`{plan['flags'].removesuffix(' --accumulate 4')}`")
+        rows.append([*flags, f"{one['GB']:.0f}", f"{one['TFLOP']:.0f}"])
+    return rows
+
+
 def default_run() -> list[list[str]]:
     rows = []
     for moment in read("default")["moments"]:
@@ -345,6 +357,18 @@ def describing() -> list[list[str]]:
     return [[sure(a), sure(b), apart(c), str(a["n"])] for a, b, c in lines]
 
 
+def editing() -> list[list[str]]:
+    runs = read("edits")
+    first, second, longer = runs["pretrained"], runs["random"], runs["longer"]
+    rows = []
+    for row in ("color", "shape", "move", "remove", "add"):
+        scores = [run["rows"][row] for run in (first, second, longer)]
+        rows.append([*scores, first["difference"][row]])
+    other = "six other languages"
+    rows.append([first[other], second[other], longer[other], first["difference"][other]])
+    return [[sure(a), sure(b), apart(d), sure(c), str(a["n"])] for a, b, c, d in rows]
+
+
 def objectives() -> list[list[str]]:
     runs = read("lmfusion")["ddpm"]
     names = ("flow", "ddpm", "flow, 700 steps", "ddpm, whole skips")
@@ -452,6 +476,7 @@ def speed() -> list[list[str]]:
 TABLES = {  # document, heading -> what writes the cells of the tables below it, in order
     ("README.md", "Is my run right?"): [default_run],
     ("README.md", "What it shows"): [headline],
+    ("README.md", "Your LLM, your pictures, your GPU"): [planned],
     ("RESULTS.md", "What does the default run learn?"): [default_scores, control],
     ("RESULTS.md", "Which U-Net?"): [equal_time, unets, agreement],
     ("RESULTS.md", "What does the sampler decide?"): [samplers],
@@ -459,6 +484,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("RESULTS.md", "What does LMFusion add, and does its advice hold?"): [
         describing,
         separation,
+        editing,
         objectives,
     ],
     ("RESULTS.md", "Does the LLM's knowledge reach the picture?"): [suites, each_language],
