@@ -34,8 +34,9 @@ from flags import RECIPES
 from inspection import fingerprint
 from llm import FrozenLLM
 from loading import load_llm
-from model import ImageExpert, read_safetensors
+from model import ImageExpert
 from sample import draw
+from weights import read_safetensors
 
 CAPTIONS = ["a red circle", "the heart is to the left of the gold ring", ""]
 

@@ -497,6 +497,8 @@ def test_states_of_runs(run, data):
             value = data.draw(numbers | texts if kind == "step" else changed(stored))
             if kind == "args" and isinstance(value.get("batch_size"), int):
                 assume(value["batch_size"] < 100)  # as many as one likes would be drawn
+            if kind == "args":
+                assume(not value.get("compile"))  # a compiler takes its time
             rewritten(file, metadata | {kind: json.dumps(value)})
         before = file_sha256(file)
 

@@ -84,7 +84,7 @@ def lines_of(run: Path) -> list[dict]:
     lines = []
     for text in (run / "metrics.jsonl").read_text("utf-8").splitlines():
         line = json.loads(text)
-        for name in ("images_per_second", "llm_share", "resumed_at"):
+        for name in ("images_per_second", "llm_share", "data_share", "resumed_at"):
             del line[name]
         lines.append(line)
     return lines

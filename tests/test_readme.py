@@ -50,6 +50,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "extras.agreement": "--n 2",
     "extras.bench": f"--llm {TINY} --seconds 0.001 --batch-size=8 --width=32 --depth=2",
 }
+REAL = ("pretrained", "random")  # runs with an LLM that can write
 RACER = "kv"  # runs alone, in place of all those that are named
 
 
@@ -116,6 +117,11 @@ def shortened(command: str) -> list[str]:
     for flag in ("--patcher", "--resume", "--bridge", "--llm"):
         if flag in words and f"{name} {flag}" in SHORT:
             key = f"{name} {flag}"
+    if key == "train.py --patcher":
+        args = train.parse_args(words[1:])
+        if Path(args.out).name in REAL:
+            key = name
+        words += ["--out", args.out]  # where the commands after it look for it
     if name == "extras.race":
         words[2] = RACER
     if "describe,describe-languages" in words:
