@@ -123,7 +123,7 @@ def check_whole(run: Path) -> None:
 # -------------------------------------------------------------------------------------------------
 # SIGKILL
 
-KILLS = int(os.environ.get("KILLS", 4))  # of each bridge but mot, which has 20
+KILLS = int(os.environ.get("KILLS", 1))  # of each bridge but mot, which has 20
 LARGER = ["--width", "64", "--depth", "6"]  # beside which a connector has its place
 BRIDGES = {
     "mot": ("qwen2", ["--patcher", "unet", "--patch", "4", "--depth", "1"], 20),
