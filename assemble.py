@@ -58,9 +58,9 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     device, why_device = pick_device(args.device)
     dtype, why_dtype = pick_dtype(args.dtype, device)
     print(f"device {device} ({why_device}); {dtype} ({why_dtype}); seed {args.seed}", flush=True)
+    home = torch.device("cpu") if args.shard else device  # each GPU gets its part
 
-    origin, before = beginning(args, metadata, device)
-
+    origin, before = beginning(args, metadata, home)
     source, data_identity = open_data(args, metadata)
 
     # the LLM: the revision, and the text around each caption, are what the weights began with
@@ -88,28 +88,28 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     if args.buckets:
         use_buckets(args, source, made_for)
     tasks = further_tasks(args, source, llm, made_for)
-    if args.start:
-        from extras.starting import expert_like
-
-        reads_pictures = tasks is not None
-        expert = expert_like(args, origin, metadata, made_for, reads_pictures).to(device)
-    else:
-        expert = build_expert(args, llm, source, made_for, tasks is not None).to(device)
+    expert = build_expert(args, llm, source, made_for, tasks, origin, metadata).to(home)
     expert.attach(llm)
     expert.vae = vae
     expert.shape()  # refused if patches do not fill a picture
+    if args.shard:
+        from extras.shard import check_shards, shard
+
+        check_shards(expert, llm, tasks)
     make_folder(args.out)  # nothing is written before everything is there
-    ema = type(expert)(**expert.config).to(device).requires_grad_(False)
+    ema = type(expert)(**expert.config).to(home).requires_grad_(False)
     ema.load_state_dict(expert.state_dict())
     ema_llm = llm if llm.frozen else copy.copy(llm)
     ema.vae = vae
     ema.attach(ema_llm)  # of use to a tower that holds on to the LLM
     optimizers = build_optimizers(expert, args.lr, args.weight_decay)
     towers = (llm, expert, ema_llm, ema)
-    run = Run(args, source, *towers, optimizers, device, dtype, data_identity, tasks=tasks)
+    run = Run(args, source, *towers, optimizers, home, dtype, data_identity, tasks=tasks)
     set_objective(run)
     if metadata:
         checkpoint.load_run(run, metadata, tensors)
+    if args.shard:
+        shard(run)
     print_run(run)
     return run
 
@@ -220,9 +220,14 @@ def set_reader(args: argparse.Namespace, llm: FrozenLLM, before: dict) -> dict:
 
 
 def build_expert(
-    args: argparse.Namespace, llm: FrozenLLM, source, made_for: dict, reads_pictures: bool
+    args: argparse.Namespace, llm: FrozenLLM, source, made_for: dict, tasks, origin, metadata: dict
 ) -> ImageExpert:
-    """A tower of the size that is asked for, beside this LLM, fresh from the seed."""
+    """A tower of the size that is asked for, beside this LLM, fresh from the seed; or like that of
+    --from, which is `origin` or, of a run that goes on, in its metadata."""
+    if args.start:
+        from extras.starting import expert_like
+
+        return expert_like(args, origin, metadata, made_for, tasks is not None)
     preset = SIZES[args.size]
     most = len(llm.layers) or preset["depth"]
     size = {
@@ -237,7 +242,7 @@ def build_expert(
         "image_size": args.image_size,
         "prediction": args.prediction,
         "made_for": made_for,
-        "reads_pictures": reads_pictures,
+        "reads_pictures": tasks is not None,
     }
     if "vae" in made_for:
         shared["channels"] = made_for["vae"]["channels"]
@@ -281,7 +286,7 @@ def print_run(run: Run) -> None:
 
 
 def build_optimizers(
-    expert: ImageExpert, lr: float, weight_decay: float
+    expert: ImageExpert, lr: float, weight_decay: float, muon: type = torch.optim.Muon
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of all blocks and convolutions (Jordan et al. 2024), AdamW for all
     else; every parameter once.
@@ -303,7 +308,7 @@ def build_optimizers(
         groups.append({"params": of_llm, "ratio": expert.llm_lr_ratio})
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused, **options)]
     if matrices:
-        optimizers.insert(0, torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options))
+        optimizers.insert(0, muon(matrices, adjust_lr_fn="match_rms_adamw", **options))
     return optimizers
 
 

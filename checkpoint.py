@@ -138,7 +138,8 @@ def refuse_overwriting(out: str) -> None:
 # -------------------------------------------------------------------------------------------------
 # going on
 
-MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every", "vae"}
+MAY_CHANGE = {"resume", "out", "steps", "sample_every", "save_every", "vae"}
+MAY_CHANGE |= {"device", "compile", "shard"}  # of the machine
 MAY_MOVE = {"llm", "data"}  # places: it is what lies there that must be the same
 
 
@@ -157,6 +158,7 @@ def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Nam
     metadata, tensors = read_safetensors(state)
     try:
         stored = json.loads(metadata["args"])
+        stored.pop("shard", None)  # it is asked for anew
         if "one_object" in stored:
             from extras.older_runs import in_new_words
 

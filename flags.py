@@ -234,6 +234,7 @@ def make_parser() -> OneLineParser:
     dtypes = ["auto", "float32", "bfloat16"]
     add("--dtype", default="auto", choices=dtypes, help="of the LLM and of autocast")
     add("--compile", action="store_true", help="torch.compile the expert")
+    add("--shard", action="store_true", help="each GPU keeps a part of all (extras/shard.py)")
     add("--sample-every", type=positive(int), default=500, help="steps between grids of samples")
     add("--save-every", type=positive(int), default=250, help="steps between checkpoints")
     # no flags, and yet a run keeps them: it goes on with what it began with

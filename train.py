@@ -6,6 +6,7 @@
     python train.py --resume --out runs/shapes         # go on where a run stopped, bit for bit
     python train.py --from runs/shapes --data FOLDER   # a new run, from that one's weights
     torchrun --nproc_per_node=8 train.py               # on eight GPUs (extras/parallel.py)
+    torchrun --nproc_per_node=8 train.py --shard       # each with a part (extras/shard.py)
 
 Writes into --out: model.safetensors (the expert's EMA weights, config inside),
 train_state.safetensors (all that --resume needs), metrics.jsonl, and samples as PNG.
@@ -107,6 +108,8 @@ def finish_gradients(run: Run, loss: Tensor) -> Tensor:
 
         run.stopping = average_gradients(run.expert)
     norm = torch.nn.utils.clip_grad_norm_(run.expert.parameters(), LARGEST_GRADIENT)
+    if run.args.shard:
+        norm = norm.full_tensor()  # of all parts
     if not torch.isfinite(loss + norm):
         raise FloatingPointError(
             f"the loss is not finite at step {run.step + 1} (loss {loss:.3g}, gradient norm "
@@ -170,27 +173,38 @@ def train_loop(run: Run, batches: Batches, until: int, progress: tqdm) -> None:
                 saves = run.step % args.save_every == 0 or finished
                 if run.step % LOG_EVERY == 0 or saves:
                     progress.set_postfix_str(metrics.write(norm))
-                if saves and first:
-                    checkpoint.save_run(run)
+                if saves:
+                    save(run)
                     saved = run.step
             if run.stopping:
                 raise KeyboardInterrupt(run.stopping)
-            if (run.step % args.sample_every == 0 or finished) and first:
+            draws = first or args.shard  # the average lies in parts: all must run it
+            if (run.step % args.sample_every == 0 or finished) and draws:
                 with metrics.paused():
                     grid = draw_samples(run)
             if finished:
                 break
     except KeyboardInterrupt:
         progress.close()
-        if run.step > saved and first:
+        if run.step > saved:
             with stops_wait():
-                checkpoint.save_run(run)
+                save(run)
         if run.step:
             print(f"saved at step {run.step} of {args.steps}: --resume --out {args.out} goes on")
         raise
     progress.close()  # what is printed now stands below it
     if first:
         say_what_was_trained(run, metrics, time.perf_counter() - started, grid)
+
+
+def save(run: Run) -> None:
+    """Of several processes the first writes; with --shard all of them give their parts."""
+    if run.args.shard:
+        from extras.shard import gathered
+
+        run = gathered(run)
+    if run.rank == 0:
+        checkpoint.save_run(run)
 
 
 def say_what_was_trained(run: Run, metrics: checkpoint.Metrics, seconds: float, grid: Path) -> None:
@@ -217,7 +231,8 @@ def draw_samples(run: Run) -> Path:
     else:
         pictures = draw(run.ema, run.ema_llm, prompts, seeds)[:, None]
     path = Path(run.args.out) / f"samples-{run.step:06d}.png"
-    write_whole(path, captioned_grid(pictures, prompts).save)
+    if run.rank == 0:
+        write_whole(path, captioned_grid(pictures, prompts).save)
     return path
 
 
@@ -237,7 +252,13 @@ def main(argv: list[str] | None = None) -> None:
         from extras.parallel import join
 
         rank, ranks = join(args)
+    elif args.shard:
+        raise ValueError(
+            "--shard: one process has nobody to share with; start several: "
+            "torchrun --nproc_per_node=8 train.py --shard"
+        )
     run = prepare(args, metadata, tensors)
+    del tensors  # they are in the run
     run.rank = rank
     run.ranks = ranks
     train(run)

@@ -53,7 +53,7 @@ LINES = {  # at most; what DESIGN calls the core, then its helpers
     "train": 285,
     "batches": 85,
     "flags": 242,
-    "assemble": 368,
+    "assemble": 372,
     "sample": 338,
     "evaluate": 345,
     "checkpoint": 372,
