@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import train
 from batches import Batches
 from checkpoint import load_expert, step_of_run
-from conftest import CPU
+from conftest import CPU, TINY_RUN
 from extras import parallel
 from loading import load_llm
 from model import ImageExpert
@@ -209,19 +209,36 @@ TOWERS = {
 }
 
 
-@pytest.mark.parametrize("tower", TOWERS)
-def test_two_processes_with_parts_train_what_one_does(tower, two_processes, tiny_run, tmp_path):
-    """Weights, their average and all moments, to 1e-5 in float32; the norm before clipping; the
-    pictures of the average; and the expert's file."""
-    flags = [*tiny_run, *TOWERS[tower], "--steps", "4", "--sample-every", "100"]
+def flags_of(tower: str, llm_folder, out: Path) -> list[str]:
+    flags = words("--llm", llm_folder("qwen2"), *TINY_RUN, *TOWERS[tower], "--steps", 4)
     if tower == "mirror":
         at = flags.index("--width")  # it has the LLM's
         del flags[at : at + 4]
-    one = tmp_path / "one"
-    two = tmp_path / "two"
+    return [*flags, "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def in_parts(two_processes, llm_folder, tmp_path_factory):
+    """tower -> the folder of a run in two processes, made once."""
+    made = {}
+
+    def get(tower: str) -> Path:
+        if tower not in made:
+            made[tower] = tmp_path_factory.mktemp(tower)
+            two_processes(train_until, flags_of(tower, llm_folder, made[tower]), 4)
+        return made[tower]
+
+    return get
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_two_processes_with_parts_train_what_one_does(tower, in_parts, llm_folder, tmp_path):
+    """Weights, their average and all moments, to 1e-5 in float32; the norm before clipping; the
+    pictures of the average; and the expert's file."""
+    one = tmp_path
+    two = in_parts(tower)
     with exact_muon():
-        train.main(words(*flags, "--out", one))
-    two_processes(train_until, words(*flags, "--out", two), 4)
+        train.main(flags_of(tower, llm_folder, one))
     found = differences(one, two)
     assert max(found.values()) < 1e-5 and len(found) > 50, max(found, key=found.get)
     assert last_line(two)["grad_norm"] == pytest.approx(last_line(one)["grad_norm"], rel=1e-5)
@@ -245,12 +262,10 @@ def test_a_run_goes_on_with_it_and_without(two_processes, tiny_run, tmp_path):
     assert max(found.values()) < 1e-5, max(found, key=found.get)
 
 
-def test_a_run_with_parts_goes_on_bit_for_bit(two_processes, tiny_run, tmp_path):
-    flags = [*tiny_run, "--steps", "4", "--sample-every", "100"]
-    two_processes(train_until, words(*flags, "--out", tmp_path / "whole"), 4)
-    two_processes(train_until, words(*flags, "--out", tmp_path / "cut"), 2)
-    two_processes(train_until, ["--resume", "--out", str(tmp_path / "cut")], 4)
-    assert set(differences(tmp_path / "whole", tmp_path / "cut").values()) == {0.0}
+def test_a_run_with_parts_goes_on_bit_for_bit(two_processes, in_parts, llm_folder, tmp_path):
+    two_processes(train_until, flags_of("mot", llm_folder, tmp_path), 2)
+    two_processes(train_until, ["--resume", "--out", str(tmp_path)], 4)
+    assert set(differences(in_parts("mot"), tmp_path).values()) == {0.0}
 
 
 def test_all_stop_after_the_same_step_and_save(two_processes, tiny_run):
