@@ -62,9 +62,9 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     device, why_device = pick_device(args.device)
     dtype, why_dtype = pick_dtype(args.dtype, device)
     print(f"device {device} ({why_device}); {dtype} ({why_dtype}); seed {args.seed}", flush=True)
+    home = torch.device("cpu") if args.shard else device  # each GPU gets its part
 
-    origin, before = beginning(args, metadata, device)
-
+    origin, before = beginning(args, metadata, home)
     source, data_identity = open_data(args, metadata)
 
     # the LLM: the revision, and the text around each caption, are what the weights began with
@@ -93,21 +93,25 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
         use_buckets(args, source, made_for)
     tasks = further_tasks(args, source, llm, made_for)
     expert = begin_expert(args, origin, metadata, made_for, llm, source, tasks is not None)
+    expert.to(home)
     expert.attach(llm)
     expert.vae = vae
     expert.shape()  # refused if patches do not fill a picture
+    if args.shard:
+        from extras.shard import check_shards, shard
+
+        check_shards(expert, llm, tasks)
     make_folder(args.out)  # nothing is written before everything is there
-    ema = type(expert)(**expert.config).to(device).requires_grad_(False)
-    ema.load_state_dict(expert.state_dict())
     ema_llm = llm if llm.frozen else copy.copy(llm)
-    ema.vae = vae
-    ema.attach(ema_llm)  # of use to a tower that holds on to the LLM
+    ema = average_of(expert, ema_llm, home)
     optimizers = build_optimizers(expert, args.lr, args.weight_decay)
     towers = (llm, expert, ema_llm, ema)
-    run = Run(args, source, *towers, optimizers, device, dtype, data_identity, tasks=tasks)
+    run = Run(args, source, *towers, optimizers, home, dtype, data_identity, tasks=tasks)
     set_objective(run)
     if metadata:
         checkpoint.load_run(run, metadata, tensors)
+    if args.shard:
+        shard(run)
     print_run(run)
     return run
 
@@ -237,7 +241,16 @@ def begin_expert(
         from extras.checkpointing import checkpoint_layers
 
         checkpoint_layers(expert)
-    return expert.to(llm.device)
+    return expert
+
+
+def average_of(expert: ImageExpert, llm: FrozenLLM, device: torch.device) -> ImageExpert:
+    """A copy of the expert, to become the moving average of its weights."""
+    ema = type(expert)(**expert.config).to(device).requires_grad_(False)
+    ema.load_state_dict(expert.state_dict())
+    ema.vae = expert.vae
+    ema.attach(llm)  # of use to a tower that holds on to the LLM
+    return ema
 
 
 def build_expert(
@@ -302,7 +315,7 @@ def print_run(run: Run) -> None:
 
 
 def build_optimizers(
-    expert: ImageExpert, lr: float, weight_decay: float
+    expert: ImageExpert, lr: float, weight_decay: float, muon: type = torch.optim.Muon
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of all blocks and convolutions (Jordan et al. 2024), AdamW for all
     else; every parameter once.
@@ -324,7 +337,7 @@ def build_optimizers(
         groups.append({"params": of_llm, "ratio": expert.llm_lr_ratio})
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused, **options)]
     if matrices:
-        optimizers.insert(0, torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options))
+        optimizers.insert(0, muon(matrices, adjust_lr_fn="match_rms_adamw", **options))
     return optimizers
 
 

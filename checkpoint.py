@@ -38,6 +38,10 @@ LEFTOVERS = (f"tmp-{STATE}", "tmp-metrics.jsonl", "tmp-samples-*.png", "tmp-step
 def save_run(run) -> None:
     """Each file is written beside and then renamed: a kill at any moment leaves whole files, the
     old or the new. Of several processes the first writes for all."""
+    if run.args.shard:
+        from extras.shard import gathered
+
+        run = gathered(run)
     if run.rank:
         return
     out = Path(run.args.out)
@@ -201,7 +205,7 @@ def refuse_overwriting(out: str) -> None:
 # going on
 
 MAY_CHANGE = {"resume", "out", "steps", "device", "compile", "sample_every", "save_every", "keep"}
-MAY_CHANGE |= {"checkpointing", "accumulate", "plan"}  # what a step takes, not what it is
+MAY_CHANGE |= {"checkpointing", "accumulate", "shard", "plan"}  # what a step takes, not what it is
 MAY_MOVE = {"llm", "data", "vae"}  # places: it is what lies there that must be the same
 
 
@@ -221,6 +225,7 @@ def settings(argv: list[str] | None, parse_args: Callable) -> tuple[argparse.Nam
     metadata, tensors = read_safetensors(state)
     try:
         stored = json.loads(metadata["args"])
+        stored.pop("shard", None)  # it is asked for anew
         config = json.loads(metadata["config"])
         if "checkpointing" not in stored:  # an older run
             from extras.older_runs import in_new_words

@@ -283,6 +283,7 @@ def add_run_flags(parser: OneLineParser) -> None:
     add("--compile", action=on_or_off, default=False, help="torch.compile the expert")
     twice = "compute layers twice instead of keeping them: less memory (extras/checkpointing.py)"
     add("--checkpointing", action=on_or_off, default=False, help=twice)
+    add("--shard", action="store_true", help="each GPU keeps a part of all (extras/shard.py)")
     planned = "start nothing: print what it takes, here or on N GPUs (extras/plan.py)"
     add("--plan", nargs="?", type=positive(int), const=0, metavar="N", help=planned)
     add("--sample-every", type=positive(int), default=500, help="steps between grids of samples")

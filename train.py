@@ -6,6 +6,7 @@
     python train.py --resume --out runs/shapes         # go on where a run stopped, bit for bit
     python train.py --from runs/shapes --data FOLDER   # a new run, from that one's weights
     torchrun --nproc_per_node=8 train.py               # on eight GPUs (extras/parallel.py)
+    torchrun --nproc_per_node=8 train.py --shard       # each with a part (extras/shard.py)
 
 Writes into --out: model.safetensors (the expert's EMA weights, config inside),
 train_state.safetensors (all that --resume needs), metrics.jsonl, and samples as PNG; with --keep,
@@ -132,6 +133,8 @@ def finish_gradients(run: Run, loss: Tensor) -> Tensor:
 
         run.stopping = average_gradients(run.expert)
     norm = torch.nn.utils.clip_grad_norm_(run.expert.parameters(), LARGEST_GRADIENT)
+    if run.args.shard:
+        norm = norm.full_tensor()  # of all parts
     if not torch.isfinite(loss + norm):
         raise FloatingPointError(
             f"the loss is not finite at step {run.step + 1} (loss {loss:.3g}, gradient norm "
@@ -163,6 +166,7 @@ def train(run: Run, until: int | None = None) -> None:
     with nullcontext() if run.rank else Locked(args.out):
         if not run.rank:
             checkpoint.put_in_order(run)
+        if not run.rank or args.shard:
             finish_samples(run)
         if run.step >= args.steps:
             return
@@ -183,7 +187,7 @@ def finish_samples(run: Run) -> None:
     if run.step and due and not grid_of(run).exists():
         draw_samples(run)
         print(f"{grid_of(run)} was cut, and is there now")
-    elif run.step >= args.steps:
+    elif run.step >= args.steps and not run.rank:
         raise ValueError(
             f"{args.out} stands at step {run.step} of {args.steps}: nothing left to do; "
             "--steps N goes further"
@@ -214,7 +218,8 @@ def train_loop(run: Run, batches: Batches, until: int, progress: tqdm) -> None:
                     saved = run.step
             if run.stopping:
                 raise KeyboardInterrupt(run.stopping)
-            if (run.step % args.sample_every == 0 or finished) and first:
+            draws = first or args.shard  # the average lies in parts: all must run it
+            if (run.step % args.sample_every == 0 or finished) and draws:
                 with metrics.paused():
                     draw_samples(run)
             if finished:
@@ -267,7 +272,8 @@ def draw_samples(run: Run) -> None:
         pictures = run.tasks.samples(run, prompts, seeds)
     else:
         pictures = draw(run.ema, run.ema_llm, prompts, seeds)[:, None]
-    write_whole(grid_of(run), captioned_grid(pictures, prompts).save)
+    if not run.rank:
+        write_whole(grid_of(run), captioned_grid(pictures, prompts).save)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -287,11 +293,12 @@ def main(argv: list[str] | None = None) -> None:
         print_plan(args)
         return
     rank, ranks = 0, 1
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun has started several
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or args.shard:  # torchrun has started several
         from extras.parallel import join
 
         rank, ranks = join(args)
     run = prepare(args, metadata, tensors)
+    del tensors  # they are in the run
     run.rank = rank
     run.ranks = ranks
     train(run)

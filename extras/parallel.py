@@ -6,8 +6,8 @@ Every process has the expert and the LLM; the gradients are averaged, so all tak
 batch is what --batch-size says, and data and noise of a step depend on the seed and the step alone:
 1, 2 and 8 processes give the same run, but for the rounding of sums (and for which pictures are
 described: --describe takes its share of each process's part). The first writes, the others are
-silent. A run goes on with another number of processes. (Tested with gloo on a CPU; with NCCL on
-several GPUs it has not run yet.)
+silent. A run goes on with another number of processes. What does not fit on one GPU: shard.py.
+(Tested with gloo on a CPU; with NCCL on several GPUs it has not run yet.)
 """
 
 import argparse
@@ -20,6 +20,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cli import STOPS
 
@@ -29,8 +30,13 @@ PATIENCE = timedelta(hours=1)  # the first one draws samples while the others wa
 
 def join(args: argparse.Namespace) -> tuple[int, int]:
     """Meet the other processes that torchrun has started -> this one's rank, and how many there
-    are. ValueError if a batch has no equal part for each."""
-    ranks = int(os.environ["WORLD_SIZE"])
+    are. ValueError if a batch has no equal part for each, or one alone would share with others."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks == 1:  # with --shard
+        raise ValueError(
+            "--shard: one process has nobody to share with; start several: "
+            "torchrun --nproc_per_node=8 train.py --shard"
+        )
     check_parts(args, ranks)
     rank = int(os.environ["RANK"])
     backend = "gloo"
@@ -65,18 +71,20 @@ def leave() -> None:
 
 @torch.no_grad()
 def average_gradients(model: nn.Module) -> int:
-    """Replace each gradient by its mean over the processes. -> SIGTERM if one of them is to stop,
-    else 0: so all stop after the same step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """Replace each gradient by its mean over the processes (those of --shard are so already).
+    -> SIGTERM if one of them is to stop, else 0: so all stop after the same step."""
+    parameters = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    asked = parameters[0].new_tensor([float(bool(ASKED))], dtype=torch.float32)
+    device = next(model.parameters()).device
+    asked = torch.tensor([float(bool(ASKED))], device=device)
     together = torch.cat([p.grad.float().flatten() for p in parameters] + [asked])
     dist.all_reduce(together)
-    *sums, stops = together.split([p.numel() for p in parameters] + [1])
-    for p, total in zip(parameters, sums):
-        p.grad.copy_(total.view_as(p) / dist.get_world_size())
+    together /= dist.get_world_size()
+    *means, stops = together.split([p.numel() for p in parameters] + [1])
+    for p, mean in zip(parameters, means):
+        p.grad = mean.view_as(p).to(p.dtype)
     return int(signal.SIGTERM) if stops.item() else 0
 
 
