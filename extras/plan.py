@@ -2,6 +2,7 @@
 
     python train.py --image-size 256 --plan        # on this machine
     python train.py --image-size 256 --plan 8      # on each of 8 GPUs, which need not be here
+    python train.py --image-size 256 --plan 8 --shard
 
 Nothing is trained or written, and of the LLM only its configuration and its tokenizer are loaded:
 it stands on the meta device. A step of the expert is counted on fake tensors (counting.py). On a
@@ -27,7 +28,7 @@ from data import open_source
 from extras.checkpointing import checkpoint_layers
 from extras.counting import Counted, Live, count_step, fused_attention, norms_in_float32
 from extras.ddpm import ddpm_loss
-from extras.mirror import MirrorTower
+from extras.mirror import MirrorTower, layers_of
 from extras.parallel import check_parts
 from flags import data_form, is_encoded
 from flow import flow_loss
@@ -107,6 +108,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
     # its rows
     rows = of_weights(llm, tower, optimizers, counted)
+    if args.shard:
+        rows |= in_parts(rows, llm, ranks)
     rows["cache of captions"] = of_cache(args, llm, tokens, batch)
     most = counted.most - counted.state
     rows["a step, at its most"] = (most, "what follows, never all at once, and what is computed")
@@ -130,6 +133,8 @@ def check_can_be_planned(args: argparse.Namespace) -> None:
         )
     if args.describe or args.data == "edits":
         raise ValueError("--plan: a run that describes or edits cannot be planned yet")
+    if args.shard and (args.plan or 1) == 1:
+        raise ValueError("--shard --plan: expected the number of GPUs, --plan 8")
     if (args.read or "").startswith(("think", "rewrite")):
         raise ValueError(f"--plan: how long the captions are is not known with --read {args.read}")
 
@@ -246,6 +251,21 @@ def of_weights(llm: PlannedLLM, tower: ImageExpert, optimizers: list, counted: C
         "its moving average": (4 * trained, f"4 bytes x {trained / 1e6:.1f} M"),
         "optimizers": (counted.state, ", ".join(kept)),
     }
+
+
+def in_parts(rows: Rows, llm: PlannedLLM, ranks: int) -> Rows:
+    """What each keeps of it with --shard. (A step is left as it is without: it has less of the
+    gradients, and a block that is put together.)"""
+    shared = {}
+    for what in ("expert", "its moving average", "optimizers"):
+        size, how = rows[what]
+        shared[what] = (size / ranks, f"({how}) / {ranks}")
+    count = llm.model.config.get_text_config().num_hidden_layers
+    layers = layers_of(llm.model.base_model, count)
+    of_layers = llm.dtype.itemsize * sum(p.numel() for p in layers.parameters())
+    size, how = rows["LLM, frozen"]
+    how += f", those of its layers / {ranks}; at the start whole, {size / 1e9:.3f} GB"
+    return shared | {"LLM, frozen": (size - of_layers * (1 - 1 / ranks), how)}
 
 
 def of_cache(args: argparse.Namespace, llm: PlannedLLM, tokens: list[int], batch: int) -> tuple:

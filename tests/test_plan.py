@@ -45,6 +45,15 @@ def test_what_is_kept_is_what_a_run_keeps(tower, tiny_run, llm_folder, tmp_path)
     assert plan.step["gradients"][0] == bytes_in(run.expert.parameters())
 
 
+def test_eight_that_share_keep_an_eighth_each(tiny_run):
+    alone = planned(*tiny_run, "--batch-size", 64, "--draws", 1).device
+    flags = [*tiny_run, "--batch-size", 512, "--draws", 1, "--plan", 8, "--shard"]
+    shared = plan_of(train.parse_args([str(flag) for flag in flags])).device
+    for what in ("expert", "its moving average", "optimizers"):
+        assert shared[what][0] == alone[what][0] / 8 > 0
+    assert alone["LLM, frozen"][0] / 8 < shared["LLM, frozen"][0] < alone["LLM, frozen"][0]
+
+
 @pytest.mark.parametrize(
     "more",
     [
