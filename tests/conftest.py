@@ -38,6 +38,7 @@ SMALL = dict(
 CONFIGS = {
     "qwen2": lambda: transformers.Qwen2Config(**SMALL),
     "deep": lambda: transformers.Qwen2Config(**SMALL | {"num_hidden_layers": 6}),
+    "long": lambda: transformers.Qwen2Config(**SMALL | {"max_position_embeddings": 1024}),
     "llama": lambda: transformers.LlamaConfig(**SMALL),
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **SMALL,
