@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from cli import STOPS
 
 ASKED: list[int] = []  # signals to stop that this process has had
+TOGETHER: list[torch.Tensor] = []  # all gradients in one row; to ask for new memory takes longer
 PATIENCE = timedelta(hours=1)  # the first one draws samples while the others wait
 
 
@@ -79,10 +80,14 @@ def average_gradients(model: nn.Module) -> int:
             p.grad = torch.zeros_like(p)
     device = next(model.parameters()).device
     asked = torch.tensor([float(bool(ASKED))], device=device)
-    together = torch.cat([p.grad.float().flatten() for p in parameters] + [asked])
+    sizes = [p.numel() for p in parameters] + [1]
+    if not TOGETHER or TOGETHER[0].numel() != sum(sizes):
+        TOGETHER[:] = [torch.empty(sum(sizes), device=device)]
+    together = TOGETHER[0]
+    torch.cat([p.grad.float().flatten() for p in parameters] + [asked], out=together)
     dist.all_reduce(together)
     together /= dist.get_world_size()
-    *means, stops = together.split([p.numel() for p in parameters] + [1])
+    *means, stops = together.split(sizes)
     for p, mean in zip(parameters, means):
         p.grad = mean.view_as(p).to(p.dtype)
     return int(signal.SIGTERM) if stops.item() else 0
