@@ -108,6 +108,14 @@ def emoji_found(run: str) -> dict:
     return mean_of_rows({0: rows}, rows_are_drawn=True)
 
 
+def costs() -> list[list[str]]:
+    rows = []
+    for run in read("training")["planned"]:
+        rows.append([f"`{run['flags']}`", f"{run['GB']:.2f}", f"{run['measured GB']:.1f}"])
+        assert run["measured GB"] * 0.85 <= run["GB"] <= run["measured GB"] * 1.15
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------
 # RESULTS: the default run and what the network predicts
 
@@ -477,6 +485,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("README.md", "Is my run right?"): [default_run],
     ("README.md", "What it shows"): [headline],
     ("README.md", "Your LLM, your pictures, your GPU"): [planned],
+    ("RESULTS.md", "What does a run cost?"): [costs],
     ("RESULTS.md", "What does the default run learn?"): [default_scores, control],
     ("RESULTS.md", "Which U-Net?"): [equal_time, unets, agreement],
     ("RESULTS.md", "What does the sampler decide?"): [samplers],
