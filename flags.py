@@ -73,6 +73,8 @@ def parse_args(argv: list[str] | None = None, stored: dict | None = None) -> arg
             f"--batch-size {args.batch_size}: expected a multiple of --draws {args.draws} times "
             f"--accumulate {args.accumulate}"
         )
+    if args.compile and args.shard:
+        raise ValueError("--shard does not go with --compile, nobody has tried: leave one out")
     if args.compile and args.checkpointing:
         raise ValueError(
             "--checkpointing does not go with --compile, whose compiler fails on it: leave one out "

@@ -4,7 +4,7 @@
     for n in 0 1 2; do python evaluate.py --ckpt runs/mine-$n; done        # and of the control
     python -m extras.seeds runs/mine-0 runs/mine-1 runs/mine-2 --versus runs/control-0 ...
 
-Reads what evaluate.py has left in each run's folder, or evaluation.json files themselves. The first
+Reads what evaluate.py has left in each run's folder, or such evaluate.json files. The first
 of the one is compared with the first of the other, picture by picture, and so on: they should have
 the same seeds.
 """
@@ -24,12 +24,9 @@ from extras.intervals import Tallies, difference, mean_of_rows
 from extras.suites import read_suite
 from extras.tables import LEFT_OUT, signed
 
-SAME = ("half", "n", "limit", "steps", "renoise", "guidance", "seed", "read")  # of all runs
-
 
 def read_scores(places: list[str]) -> list[dict]:
-    """What evaluate.py says of each run. ValueError for one that has not been evaluated, or was in
-    another way than the first."""
+    """What evaluate.py says of each run. ValueError for one that has not been evaluated."""
     scores = []
     for place in places:
         path = Path(place)
@@ -45,18 +42,19 @@ def suites_of(scores: list[dict]) -> list[str]:
     """The suites that all runs have, scored with the same settings. ValueError if there is none."""
     suites = []
     for name, first in scores[0].items():
-        if not isinstance(first, dict) or "settings" not in first:
-            continue
-        others = [run.get(name, {}).get("settings") for run in scores]
-        if all(other and same_way(other, first["settings"]) for other in others):
-            suites.append(name)
+        if isinstance(first, dict) and "settings" in first:
+            if all(same_way(run.get(name, {}), first) for run in scores):
+                suites.append(name)
     if not suites:
         raise ValueError("these runs have no suite in common that was scored in the same way")
     return suites
 
 
-def same_way(a: dict, b: dict) -> bool:
-    return all(a.get(key) == b.get(key) for key in SAME)
+def same_way(one: dict, other: dict) -> bool:
+    """Whether a suite was scored with the same settings on the same rows, and kept its verdicts."""
+    if one.get("settings") != other["settings"] or one["rows"].keys() != other["rows"].keys():
+        return False
+    return all("right" in tally for tally in one["rows"].values())
 
 
 # -------------------------------------------------------------------------------------------------

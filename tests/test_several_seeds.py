@@ -77,7 +77,10 @@ def test_what_cannot_be_put_together_is_refused(runs, tmp_path, capsys):
     said = refusal(capsys, seeds.main, runs["a"], "--versus", runs["x"], runs["y"])
     assert said.endswith("expected 1 runs, as many as before it")
     other = write_run(tmp_path / "o", {"colors": tally("1", "p")}, half="choose")
-    assert "no suite in common" in refusal(capsys, seeds.main, runs["a"], other)
+    fewer = write_run(tmp_path / "f", {"counting": tally("1", "p")})
+    old = write_run(tmp_path / "old", {"colors": {"n": 4, "score": 0.5, "wrong": {}}})
+    for unlike in (other, fewer, old):
+        assert "no suite in common" in refusal(capsys, seeds.main, runs["a"], unlike)
 
 
 @pytest.mark.slow
