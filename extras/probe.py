@@ -23,7 +23,7 @@ from torch import Tensor
 
 import evaluate
 from cli import OneLineParser, make_folder, one_line_errors, pick_device, pick_dtype
-from data import COLORS, SHAPES, Shapes
+from data import COLORS, SHAPES, Group, Shapes
 from evaluate import NEAR, Grade, Graded, LoadedRun, write_json
 from extras.colors import BASIC_COLORS, basic_color, lab
 from extras.intervals import wilson
@@ -92,13 +92,19 @@ def training_captions(seed: int, n: int) -> tuple[list[str], Tensor]:
         group = scene.groups[0]
         is_one = len(scene.groups) == 1 and group.count == 1
         if is_one and group.color:
-            rgb = COLORS[group.color]
-            target = targets[len(captions)]
-            target[TERMS.index(basic_color(rgb))] = 1
-            target[len(TERMS) + SHAPES.index(group.shape)] = 1
-            target[-3:] = torch.tensor(lab(rgb))
+            targets[len(captions)] = target_of(group)
             captions.append(caption)
     return captions, targets
+
+
+def target_of(group: Group) -> Tensor:
+    """What a thing of a named colour is, (terms + shapes + 3,)."""
+    target = torch.zeros(len(TERMS) + len(SHAPES) + 3)
+    rgb = COLORS[group.color]
+    target[TERMS.index(basic_color(rgb))] = 1
+    target[len(TERMS) + SHAPES.index(group.shape)] = 1
+    target[-3:] = torch.from_numpy(lab(rgb))
+    return target
 
 
 def answer_of(out: Tensor) -> Answer:

@@ -2,6 +2,7 @@
 often, the race and the runs of older results, with a tiny one), with fewer steps and a smaller
 expert."""
 
+import copy
 import importlib
 import inspect
 import io
@@ -11,6 +12,7 @@ import re
 import runpy
 import shlex
 import sys
+from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
@@ -20,6 +22,7 @@ import pytest
 from PIL import Image
 from test_pictures import save_tiny_vlm
 
+import loading
 import model
 import train
 from checkpoint import load_expert
@@ -47,6 +50,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "extras.probe --llm": f"--llm {TINY} --limit 1",
     "extras.race": f"--llm {TINY} --seeds 0 --minutes 0.001 --suite geneval --steps 1 --limit 1 "
     "--batch-size 8 --width 64 --depth 3",
+    "extras.answers": "--limit 1",
     "extras.agreement": "--n 2",
     "extras.bench": f"--llm {TINY} --seconds 0.001 --batch-size=8 --width=32 --depth=2",
 }
@@ -95,6 +99,26 @@ def run(words: list[str]) -> tuple[int, str, str]:
     return status, out.getvalue(), err.getvalue()
 
 
+def read_llms_once(folder: Path) -> None:
+    """For the process of the commands: the real LLM is read once (and once with random weights), not
+    fifty times. A tower that trains its LLM, or reads hidden states, gets its own."""
+    os.chdir(folder)
+    read = loading.load_llm
+    known = {}
+
+    def load_llm(name, device, dtype, random_seed=None, **options):
+        if name not in loading.BUILT_IN or "frozen" in options:
+            return read(name, device, dtype, random_seed=random_seed, **options)
+        key = (name, device, dtype, random_seed)
+        if key not in known:
+            known[key] = read(name, device, dtype, random_seed=random_seed, **options)
+        llm = copy.copy(known[key])
+        llm._cached = OrderedDict()
+        return llm
+
+    loading.load_llm = load_llm
+
+
 @pytest.fixture(scope="module")
 def terminal(workplace):
     """words -> what `run` says of them, in one process for all: importing torch takes longer than
@@ -104,7 +128,7 @@ def terminal(workplace):
         # before the process starts: the library reads them once
         patch.setenv("HF_HUB_CACHE", str(workplace / "hub"))
         patch.setenv("HF_HUB_OFFLINE", "1")
-        pool.submit(os.chdir, workplace).result()
+        pool.submit(read_llms_once, workplace).result()
         yield lambda words: pool.submit(run, words).result(timeout=300)
 
 

@@ -273,6 +273,21 @@ def each_language() -> list[list[str]]:
     return rows
 
 
+def in_words() -> list[list[str]]:
+    """What the LLM says, what a probe reads, and of the random LLM."""
+    found = read("answers")
+    pretrained = found["pretrained"]
+    ways = [
+        pretrained["words"]["as it is"],
+        pretrained["words"]["calibrated"],
+        pretrained["probe"]["English captions"],
+        pretrained["probe"]["and other languages"],
+        found["random"]["probe"]["English captions"],
+    ]
+    assert pretrained["probe"]["layer"] == 11
+    return [[sure(way[what]) for what in ("color", "shape", "both")] for way in ways]
+
+
 def probe() -> list[list[str]]:
     """Colour / shape right, a mean over the rows of a column, each as often as it has prompts."""
     results = read("pretrained")
@@ -497,7 +512,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
         objectives,
     ],
     ("RESULTS.md", "Does the LLM's knowledge reach the picture?"): [suites, each_language],
-    ("RESULTS.md", "Does the LLM not know it, or does the expert not hear it?"): [probe],
+    ("RESULTS.md", "Does the LLM not know it, or does the expert not hear it?"): [probe, in_words],
     ("RESULTS.md", "Does it hold for real pictures?"): [emoji],
     ("RESULTS.md", "Which layers know a name?"): [emoji_layers, emoji_probe],
     ("RESULTS.md", "Is a copy of the LLM a better expert?"): [mirror],
