@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from extras import seeds
 from extras.intervals import mean_of_rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "assets" / "results"
 DOCUMENTS = ("README.md", "RESULTS.md")
+MAIN_RUNS = RESULTS / "main"
+KINDS = ("pretrained", "random", "dense")
 
 
 def read(name: str) -> dict:
@@ -88,13 +91,28 @@ def default_run() -> list[list[str]]:
     return rows
 
 
+MAIN = {  # what the main table says of each suite
+    "geneval": ("mean",),
+    "unseen": ("mean",),
+    "languages": ("mean", "one object", "two objects"),
+    "knowledge": ("mean",),
+    "parrot": ("mean",),
+}
+
+
+def main_runs(kind: str) -> list[dict]:
+    """What evaluate.py says of the runs of one kind, seed by seed."""
+    return [json.loads(path.read_text("utf-8")) for path in sorted(MAIN_RUNS.glob(f"{kind}-*"))]
+
+
 def headline() -> list[list[str]]:
-    first = read("control")["pretrained"]
-    second = read("control")["random"]
     rows = []
-    for suite in ("geneval", "unseen", "languages", "knowledge", "parrot"):
-        rows.append([sure(first[suite]["mean"]), sure(second[suite]["mean"])])
-    rows.insert(3, [sure(emoji_found("emoji")), sure(emoji_found("emoji-random-llm"))])
+    for suite in MAIN:
+        row = []
+        for kind in KINDS:
+            row.append(sure(seeds.summarize(suite, main_runs(kind))["mean"]))
+        rows.append(row)
+    rows.insert(3, [sure(emoji_found("emoji")), sure(emoji_found("emoji-random-llm")), ""])
     return rows
 
 
@@ -130,13 +148,29 @@ def default_scores() -> list[list[str]]:
     return rows
 
 
-def control() -> list[list[str]]:
-    first = read("control")["pretrained"]
-    second = read("control")["random"]
+def controls() -> list[list[str]]:
+    """The scores of each kind of run over its seeds, and what would be right by chance."""
     rows = []
-    for suite, scores in first.items():
-        difference = apart(scores["difference"]["mean"])
-        rows.append([sure(scores["mean"]), sure(second[suite]["mean"]), difference])
+    for suite, names in MAIN.items():
+        summaries = [seeds.summarize(suite, main_runs(kind)) for kind in KINDS]
+        for name in names:
+            by_chance = summaries[0][name].get("chance")
+            row = [sure(summary[name]) for summary in summaries]
+            rows.append([*row, "" if by_chance is None else f"{by_chance:.2f}"])
+    return rows
+
+
+def differences() -> list[list[str]]:
+    """Each seed, and what sets the pretrained runs apart from the same seeds of each control."""
+    rows = []
+    ours = main_runs(KINDS[0])
+    for suite, names in MAIN.items():
+        each = seeds.summarize(suite, ours)
+        controls = [main_runs(kind) for kind in KINDS[1:]]
+        paired = [seeds.compare(suite, ours[: len(runs)], runs) for runs in controls]
+        for name in names:
+            shares = ", ".join(f"{score:.2f}" for score in each[name]["of each run"])
+            rows.append([shares, *(apart(difference[name]) for difference in paired)])
     return rows
 
 
@@ -501,7 +535,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("README.md", "What it shows"): [headline],
     ("README.md", "Your LLM, your pictures, your GPU"): [planned],
     ("RESULTS.md", "What does a run cost?"): [costs],
-    ("RESULTS.md", "What does the default run learn?"): [default_scores, control],
+    ("RESULTS.md", "What does the default run learn?"): [default_scores, controls, differences],
     ("RESULTS.md", "Which U-Net?"): [equal_time, unets, agreement],
     ("RESULTS.md", "What does the sampler decide?"): [samplers],
     ("RESULTS.md", "Should the network predict the clean picture or the velocity?"): [prediction],
