@@ -50,7 +50,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "extras.probe --llm": f"--llm {TINY} --limit 1",
     "extras.race": f"--llm {TINY} --seeds 0 --minutes 0.001 --suite geneval --steps 1 --limit 1 "
     "--batch-size 8 --width 64 --depth 3",
-    "extras.answers": "--limit 1",
+    "extras.answers": "--limit 1 --frame frame.txt",
     "extras.agreement": "--n 2",
     "extras.bench": f"--llm {TINY} --seconds 0.001 --batch-size=8 --width=32 --depth=2",
 }
@@ -66,6 +66,7 @@ def workplace(tmp_path_factory) -> Path:
     Image.new("RGB", (40, 40), "red").save(place / "my-pictures" / "a.png")
     (place / "my-pictures" / "a.txt").write_text("a red field")
     (place / "prompts.txt").write_text("a red circle\n")
+    (place / "frame.txt").write_text("{} => a\n")  # a short one
     record = '{"tag": "colors", "prompt": "a photo of a red star"}\n'
     (place / "evaluation_metadata.jsonl").write_text(record)
     Image.new("RGB", (40, 40), "blue").save(place / "photo.png")
