@@ -6,7 +6,7 @@ Its words, with nothing trained: it reads each prompt of one object in a frame t
 English colour would come (assets/frames/english.txt). Its answer is the likeliest of the ten
 colours, and after that the likeliest of the eight shapes. A small LLM has habits: asked for a brown
 star, it says red. So also calibrated: each answer's mean logit over prompts of the other half is
-taken away first (Zhou et al. 2024, Batch Calibration, eq. 3), which needs no label.
+taken away first, which needs no label (after Batch Calibration, Zhou et al. 2024).
 
 What stands in its values, linearly: extras/probe.py's ridge, fitted on English training captions
 alone, as the expert is trained; and with prompts of twenty of the languages, the tested left out.
