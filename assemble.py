@@ -212,7 +212,7 @@ def set_reader(args: argparse.Namespace, llm: FrozenLLM, before: dict) -> dict:
         asked = before.get("template", "{}") != "{}" or before.get("thinking")
     if not asked:
         return {"template": "{}", "expose": "all", "thinking": None}
-    from extras.thinking import reader_from, reader_from_flags
+    from extras.readers import reader_from, reader_from_flags
 
     if before:
         llm.reader = reader_from(llm, before)
@@ -360,7 +360,7 @@ def open_towers(args: argparse.Namespace, folder: Path | None) -> tuple[ImageExp
     with nullcontext() if args.llm else moved:
         llm = llm_of(expert, args.llm, device, dtype, args.trust_remote_code)
     if args.read:
-        from extras.thinking import with_reading
+        from extras.readers import with_reading
 
         llm.reader = with_reading(llm, args.read)
     return expert, llm
@@ -394,7 +394,7 @@ def llm_of(
     check_same_llm(made_for, {"llm": llm.name, **llm.identity})
     expert.attach(llm)
     if made_for.get("template", "{}") != "{}" or made_for.get("thinking"):
-        from extras.thinking import reader_from
+        from extras.readers import reader_from
 
         llm.reader = reader_from(llm, made_for)
     return llm

@@ -205,7 +205,7 @@ def open_runs(args: argparse.Namespace, kind: str, suites: list[str]) -> list[Lo
     for name, expert in experts.items():
         llm = llm_of(expert, None, device, dtype)
         if args.read:
-            from extras.thinking import with_reading
+            from extras.readers import with_reading
 
             llm.reader = with_reading(llm, args.read)
         runs.append(LoadedRun(name, expert, llm, steps[name]))
@@ -272,7 +272,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--ckpt", help="a run's folder or a Hub id (default: the newest under runs/, or ours)")
     add("--versus", help="another run, to stand beside it")
     add("--rows", help="only these rows of the suite, with commas")
-    first = "what the LLM does first, think:40 or rewrite say: see extras/thinking.py"
+    first = "what the LLM does first, think:40 or rewrite say: see extras/readers.py"
     add("--read", metavar="HOW", help=first)
     own = "the run's own; its partial/ for --rows, --limit or --half choose"
     add("--out", help=f"folder for the JSON and the pictures (default: {own})")
@@ -298,7 +298,7 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
 def fill_in(args: argparse.Namespace) -> argparse.Namespace:
     """The newest run and its folder, where they are not named; rows as a list."""
     if args.read:
-        from extras.thinking import drawing_form
+        from extras.readers import drawing_form
 
         drawing_form(args.read)  # refused before anything is loaded
     args.ckpt, why_ckpt = pick_checkpoint(args.ckpt)

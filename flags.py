@@ -181,7 +181,7 @@ def check_forms(args: argparse.Namespace) -> None:
                 f"one of {', '.join(WRITES_KEYS)}"
             )
     if args.read:
-        from extras.thinking import READ
+        from extras.readers import READ
 
         colon_form(args.read, READ, "--read")
 
@@ -262,7 +262,7 @@ def make_parser() -> OneLineParser:
     layers = "that the expert reads: all, lower, middle, upper, 13,15,17, 6-11, or a share, 0.85"
     add("--layers", default="middle", help=layers)
     add("--template", type=words, default="{}", help="what it reads; {} is the caption")
-    add("--read", help="after, chat, think:40, rewrite, ...: see extras/thinking.py")
+    add("--read", help="after, chat, think:40, rewrite, ...: see extras/readers.py")
     add("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
 
     add_run_flags(parser)

@@ -204,13 +204,13 @@ class FrozenLLM:
             if caption in self._cached:
                 self._cached.move_to_end(caption)
                 found[caption] = self._cached[caption]
-                continue
-            reading = self.read(caption)
+        new = [caption for caption, row in found.items() if row is None]
+        for caption, reading in zip(new, self.read_all(new)):
             if isinstance(reading, Tensor):
                 found[caption] = self._store(caption, reading)
-                continue
-            length = round_up(len(reading.ids), BUCKET)
-            unread.setdefault(length, []).append((caption, reading))
+            else:
+                length = round_up(len(reading.ids), BUCKET)
+                unread.setdefault(length, []).append((caption, reading))
 
         # captions of one length go through the LLM together
         for length, group in sorted(unread.items()):
@@ -242,6 +242,11 @@ class FrozenLLM:
         if self.reader is None:
             return Reading(self.tokenize(caption))
         return self.reader.read(caption)
+
+    def read_all(self, captions: list[str]) -> "list[Reading | Tensor]":
+        """As read, of several: a reader that has the LLM write does so side by side."""
+        together = getattr(self.reader, "read_all", None)
+        return together(captions) if together else [self.read(caption) for caption in captions]
 
     def tokenize(self, caption: str) -> list[int]:
         """The caption's tokens; where the LLM takes no more, it is cut."""

@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         edit_files(args, out, into_file)
         return
     if args.read:
-        from extras.thinking import drawing_form
+        from extras.readers import drawing_form
 
         drawing_form(args.read)
     if args.maps is not None or args.trajectory:

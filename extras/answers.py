@@ -39,8 +39,8 @@ from evaluate import write_json
 from extras.files import read_text
 from extras.intervals import mean_of_rows
 from extras.probe import answer_of, hear, ridge, target_of, training_captions
+from extras.readers import FRAMES
 from extras.suites import Prompt, read_suite
-from extras.thinking import FRAMES
 from llm import FrozenLLM
 from loading import load_llm
 

@@ -20,7 +20,8 @@ from transformers import (
     DynamicCache,
 )
 
-from extras.thinking import check_heard, check_room
+from extras.readers import check_room
+from extras.thinking import check_heard
 from llm import (
     NO_LIMIT,
     CacheUpTo,

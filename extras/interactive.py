@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from cli import guidance_form, one_line, positive, seed_number, words
-from extras.thinking import reader_from, with_reading
+from extras.readers import reader_from, with_reading
 from extras.windows import check_windows
 from extras.word_maps import check_expert
 from llm import FrozenLLM

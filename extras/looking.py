@@ -2,7 +2,7 @@
 
     python sample.py --prompt "a star in its colour" --read image:FILE
 
-The other readers, and what a reader is: thinking.py.
+The other readers, and what a reader is: readers.py.
 """
 
 import torch

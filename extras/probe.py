@@ -173,7 +173,7 @@ def without_thinking(run: LoadedRun) -> None:
     made_for = run.expert.made_for | {"thinking": None}
     reader = None
     if made_for.get("template", "{}") != "{}":
-        from extras.thinking import reader_from
+        from extras.readers import reader_from
 
         reader = reader_from(run.llm, made_for)
     run.llm.reader = reader

@@ -1,90 +1,22 @@
-"""Readers: what the LLM reads in place of the bare caption, and what it writes after it.
+"""The LLM writes about a caption before it is drawn: Mural's reasoning, VERIFI's rewriting.
 
-    python train.py --template '"{}" in English:' --read after
-    python sample.py --prompt "a red ring" --read think:40            # Mural's reasoning
-    python sample.py --prompt "a red ring" --read rewrite:reencode    # UniFusion's VERIFI
-    python sample.py --prompt "in blue" --read image:FILE             # a picture first: looking.py
+    python sample.py --prompt "a red ring" --read think:40
+    python sample.py --prompt "a red ring" --read rewrite:reencode
 
-A reader is a small object with one method, read(caption) -> Reading (tokens that FrozenLLM then
-runs), or -> the finished row (T, W) of the caption. It is set by one assignment: llm.reader = ...
-Readers nest: `inside` is the reader for what one of them leaves as it is.
+What the flags mean, and what a reader is: readers.py.
 """
 
 import copy
-from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from cli import colon_form, positive
-from extras.files import read_text
 from llm import CacheUpTo, FrozenLLM, Reading, with_cache
 
-FRAMES = Path(__file__).parent.parent / "assets" / "frames"  # what it is asked: to be read, edited
 TOKENS = 48  # that the LLM writes at most, if no number is given
-AROUND = ("after", "chat")  # options of --read that say how the template is put
-WRITING = ("", "tokens=", "frame=")
-READ = {  # what --read says in train.py, and the options of each
-    "after": (),
-    "chat": ("after",),
-    "think": (*WRITING, *AROUND),
-    "rewrite": (*WRITING, *AROUND, "reencode"),
-}
-READ_TO_DRAW = {  # and where pictures are drawn
-    "think": WRITING,
-    "rewrite": (*WRITING, "reencode"),
-    "image": ("",),
-}
-
-
-class Template:
-    """The caption put into a text, where {} stands; and which tokens the image may then look at:
-    "all", or only those "after" the caption.
-
-    A causal LLM has read the whole caption only at its end, and there it says what comes next.
-    After "In English:" that is the caption in English: what words of another language mean is then
-    in the keys and values, before any is generated. ValueError if the template has not one {}, or
-    nothing after it.
-    """
-
-    inside = None
-
-    def __init__(self, llm: FrozenLLM, template: str = "{}", expose: str = "all"):
-        if template.count("{}") != 1:
-            raise ValueError(
-                f"--template {template!r}: expected a text with one {{}}, where the caption stands"
-            )
-        before, end = template.split("{}")
-        self.llm = llm
-        self.template = template
-        self.expose = expose
-        self.before = before
-        self.after: list[int] = []
-        if end:
-            self.after = llm.tokenizer(end, add_special_tokens=False).input_ids
-        if expose == "after" and not self.after:
-            raise ValueError(
-                f"--read after: the template {template!r} has no text after the caption"
-            )
-        check_room(llm, self, llm.room)
-
-    def read(self, caption: str) -> Reading:
-        # a text that goes on after the caption must not be ended by the tokenizer there
-        text = self.before + caption
-        if self.after:
-            ids = self.llm.open_ids(text)
-        else:
-            ids = self.llm.tokenizer(text).input_ids
-        ids = self.llm.cut(ids, after=len(self.after)) + self.after
-        return Reading(ids, self.start(len(ids)))
-
-    def start(self, length: int) -> int:
-        """The first of `length` tokens that the image may look at."""
-        if self.expose == "after":
-            return length - len(self.after)
-        return 0
+ROWS = 8  # captions that it writes about side by side: always so many, so that no bit of what it
+# writes about one depends on how many there are
 
 
 class Thinking:
@@ -144,114 +76,167 @@ class Thinking:
 
     @torch.no_grad()
     def begin(self) -> tuple[DynamicCache, tuple[Tensor, ...]]:
-        """The cache of the frame's beginning, and its hidden states (1, T, d) of every layer."""
+        """The cache of the frame's beginning, and its hidden states (ROWS, T, d) of every layer."""
         cache = CacheUpTo(self.llm.model.config)
         if not self.beginning:
             return cache, ()
-        ids = torch.tensor([self.beginning], device=self.llm.device)
-        decoder = self.llm.model.base_model
-        out = decoder(input_ids=ids, output_hidden_states=True, **with_cache(decoder, cache))
-        return cache, out.get("hidden_states") or ()
+        ids = torch.tensor([self.beginning] * ROWS, device=self.llm.device)
+        return cache, self.run(ids, cache)
 
     def read(self, caption: str) -> Reading | Tensor:
-        if not caption:
-            return read_inside(self, caption)
-        row = self.think(caption)
-        if self.show == "reencode":
-            return read_inside(self, self.written[caption] or caption)
-        return row
+        return self.read_all([caption])[0]
 
-    @torch.no_grad()
-    def think(self, caption: str) -> Tensor:
-        """Write on after the caption, into `written` -> its row (T, W)."""
+    def read_all(self, captions: list[str]) -> list[Reading | Tensor]:
+        """As read, of distinct captions. The LLM writes about several of them side by side."""
+        rows = self.write([caption for caption in captions if caption])
+        readings = []
+        for caption in captions:
+            if not caption:
+                readings.append(read_inside(self, caption))
+            elif self.show == "reencode":
+                readings.append(read_inside(self, self.written[caption] or caption))
+            else:
+                readings.append(rows[caption])
+        return readings
+
+    def write(self, captions: list[str]) -> dict[str, Tensor]:
+        """Write on after each caption, into `written` -> their rows (T, W).
+
+        Captions of as many tokens stand side by side: then no row has padding, which not every LLM
+        would take.
+        """
         llm = self.llm
-        ids = llm.open_ids(self.frame.replace("{}", caption))
-        if len(ids) >= llm.max_tokens:
-            raise ValueError(
-                f"a prompt of {len(ids)} tokens with its frame leaves {llm.name} no room to think"
-            )
+        groups: dict[tuple[int, int], list[tuple[str, list[int]]]] = {}
+        for caption in captions:
+            ids = llm.open_ids(self.frame.replace("{}", caption))
+            if len(ids) >= llm.max_tokens:
+                raise ValueError(
+                    f"a prompt of {len(ids)} tokens with its frame leaves {llm.name} no room to "
+                    "think"
+                )
+            groups.setdefault((self.shared(ids), len(ids)), []).append((caption, ids))
+        rows = {}
+        for (shared, _), group in sorted(groups.items()):
+            for start in range(0, len(group), ROWS):
+                rows |= self.write_group(group[start : start + ROWS], shared)
+        return rows
 
-        # what stands in the cache already: the frame's end may have melted into the caption's
-        # first token, and one token at least must be left to start the writing
+    def shared(self, ids: list[int]) -> int:
+        """How many of these tokens stand in the frame's cache already: its end may have melted into
+        the caption's first token, and one token at least must be left to start the writing."""
         shared = 0
         while shared < min(len(self.beginning), len(ids) - 1):
             if self.beginning[shared] != ids[shared]:
                 break
             shared += 1
+        return shared
+
+    @torch.no_grad()
+    def write_group(self, group: list[tuple[str, list[int]]], shared: int) -> dict[str, Tensor]:
+        """At most ROWS captions and their tokens, as many of each -> their rows (T, W)."""
+        llm = self.llm
+        prompts = [ids for _, ids in group]
+        prompts += prompts[-1:] * (ROWS - len(group))
+        length = len(prompts[0])
 
         # the writing; each token's keys and values are in the cache as it is read
-        cache = self.frame_cache(shared)
-        out = self.generate(ids, cache)
-        said = llm.tokenizer.decode(out.sequences[0, len(ids) :], skip_special_tokens=True)
-        self.written[caption] = said.strip()
-
-        # all but the last token, which the model has not read
-        length = cache.get_seq_length()
+        prompt = torch.tensor(prompts, device=llm.device)
+        cache, states = self.read_prompt(prompt, shared)
+        out = self.generate(prompt, cache)
         if out.hidden_states:
-            cache.hidden_states = self.join_states(out.hidden_states, length)
-        row = llm.pack(cache, torch.tensor([length], device=llm.device))[0]
+            parts = [*states, *out.hidden_states]
+            cache.hidden_states = [torch.cat(layer, dim=1) for layer in zip(*parts)]
+        # of each the last token has not been read, by a model that stops there
+        ends = [length + self.count_written(row[length:]) for row in out.sequences]
+        read = torch.tensor(ends, device=llm.device) - 1
+        packed = llm.pack(cache, read)
 
         # the frame stays out of sight, and the prompt too where something was written after it
-        start = shared
-        if self.show == "written" and length > len(ids):
-            start = len(ids)
-        shown = list(range(start, length))
-        if start and ids[0] == llm.tokenizer.bos_token_id and self.shows_all():
-            shown = [0, *shown]  # BOS was seen in training too
-        self.shown[caption] = out.sequences[0, shown].tolist()
-        return row[shown]
+        rows = {}
+        for (caption, ids), tokens, end, row in zip(group, out.sequences, ends, packed):
+            said = llm.tokenizer.decode(tokens[length:end], skip_special_tokens=True)
+            self.written[caption] = said.strip()
+            start = shared
+            if self.show == "written" and end - 1 > length:
+                start = length
+            shown = list(range(start, end - 1))
+            if start and ids[0] == llm.tokenizer.bos_token_id and self.shows_all():
+                shown = [0, *shown]  # BOS was seen in training too
+            self.shown[caption] = tokens[shown].tolist()
+            rows[caption] = row[shown]
+        return rows
+
+    def count_written(self, tokens: Tensor) -> int:
+        """How many of these the LLM has written, its end among them; after it stands padding."""
+        ends = self.llm.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        for i, token in enumerate(tokens.tolist()):
+            if token in ends or self.ends_line(tokens[: i + 1]):
+                return i + 1
+        return len(tokens)
+
+    def ends_line(self, written: Tensor) -> bool:
+        """Whether the writing ends here. A chat model writes to the end of its turn."""
+        tokenizer = self.llm.tokenizer
+        return not tokenizer.chat_template and "\n" in tokenizer.decode(written)
 
     def shows_all(self) -> bool:
         """Whether the image looks at a caption's first token when nothing is written."""
         return getattr(self.inside, "expose", "all") == "all"
 
-    def frame_cache(self, shared: int) -> DynamicCache:
-        """A copy of the frame's cache, with its first `shared` tokens alone."""
-        cache = copy.deepcopy(self.begun)
-        if shared < len(self.beginning):
-            try:
-                cache.crop(shared - len(self.beginning))
-            except (RuntimeError, ValueError):  # a linear-attention layer's state does not go back
-                return CacheUpTo(self.llm.model.config)
-        return cache
+    def read_prompt(self, prompt: Tensor, shared: int) -> tuple[DynamicCache, list]:
+        """prompt (ROWS, T) of which `shared` tokens are the frame's -> the cache of all but the
+        last token, with which the writing begins; and their hidden states, in parts.
 
-    def generate(self, ids: list[int], cache: DynamicCache):
-        """Greedily on after ids, to the line's end; of a chat model, to the end of its turn."""
+        (From a longer piece `generate` takes the last state as a slice, for which torch copies the
+        LLM's head once a row: 20 seconds for gemma-3's.)
+        """
+        # a copy of the frame's cache, with its shared tokens alone; the state of a recurrent layer
+        # neither goes back nor, in every model, on by several tokens
+        cache = CacheUpTo(self.llm.model.config)
+        states = []
+        if shared and not any(getattr(self.begun, "is_linear", ())):
+            cache = copy.deepcopy(self.begun)
+            states = [[layer[:, :shared] for layer in self.begun_states]]
+            if shared < len(self.beginning):
+                cache.crop(shared - len(self.beginning))
+        else:
+            shared = 0
+
+        # the rest
+        rest = prompt[:, shared:-1]
+        if rest.shape[1]:
+            states.append(self.run(rest, cache))
+        return cache, states
+
+    def run(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, ...]:
+        """The LLM reads ids (ROWS, T) into the cache -> their hidden states of every layer."""
+        decoder = self.llm.model.base_model
+        out = decoder(input_ids=ids, output_hidden_states=True, **with_cache(decoder, cache))
+        return out.get("hidden_states") or ()
+
+    def generate(self, prompt: Tensor, cache: DynamicCache):
+        """Greedily on after each, to the line's end; of a chat model, to the end of its turn."""
         model = self.llm.model
-        prompt = torch.tensor([ids], device=self.llm.device)
-        stop = []
-        if not self.llm.tokenizer.chat_template:
-            stop.append(partial(at_line_end, self.llm.tokenizer, len(ids)))
+        length = prompt.shape[1]
+
+        def ended(so_far: Tensor, scores) -> Tensor:
+            done = [self.ends_line(row[length:]) for row in so_far]
+            return torch.tensor(done, device=so_far.device)
+
         return model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             **with_cache(model, cache),
-            stopping_criteria=stop,
+            stopping_criteria=[ended],
             do_sample=False,
             num_beams=1,
-            max_new_tokens=min(self.tokens, self.llm.max_tokens - len(ids)),
+            max_new_tokens=min(self.tokens, self.llm.max_tokens - length),
             pad_token_id=0,
             return_dict_in_generate=True,
             # only the LLM of a bridge keeps hidden states
             output_hidden_states=bool(getattr(self.llm, "states", ())),
         )
-
-    def join_states(self, steps: tuple, length: int) -> list[Tensor]:
-        """The hidden states of each layer, (1, length, d): the frame's, and those of every step."""
-        written = sum(step[0].shape[1] for step in steps)
-        joined = []
-        for layer in range(len(steps[0])):
-            parts = [step[layer] for step in steps]
-            if written < length:
-                parts.insert(0, self.begun_states[layer][:, : length - written])
-            joined.append(torch.cat(parts, dim=1))
-        return joined
-
-
-def at_line_end(tokenizer, prompt_length: int, so_far: Tensor, scores) -> Tensor:
-    """Whether each row has ended its line: a stopping criterion of `generate`."""
-    ended = ["\n" in tokenizer.decode(row[prompt_length:]) for row in so_far]
-    return torch.tensor(ended, device=so_far.device)
 
 
 def read_inside(reader, caption: str) -> Reading | Tensor:
@@ -261,10 +246,6 @@ def read_inside(reader, caption: str) -> Reading | Tensor:
     return reader.inside.read(caption)
 
 
-# -------------------------------------------------------------------------------------------------
-# what cannot be
-
-
 def check_heard(reader, only_tokens: bool) -> None:
     """ValueError if a reader that gives finished rows meets a bridge that asks for tokens alone."""
     if only_tokens and hasattr(reader, "flag"):
@@ -272,114 +253,3 @@ def check_heard(reader, only_tokens: bool) -> None:
             f"{reader.flag} is for what the LLM reads, and --bridge dense hears nothing of it: "
             "leave one out"
         )
-
-
-def check_room(llm: FrozenLLM, reader, room: int) -> None:
-    """ValueError if a caption has no room within the template and the positions that stay free."""
-    while reader is not None and not isinstance(reader, Template):
-        reader = reader.inside
-    if reader is None:
-        around = len(llm.tokenizer("").input_ids)
-    else:
-        around = len(llm.tokenizer(reader.before).input_ids) + len(reader.after)
-    if around + room >= llm.max_tokens:
-        free = f" of which {room} stay free" if room else ""
-        raise ValueError(
-            f"the template has {around} tokens, and the LLM takes {llm.max_tokens}{free}: it "
-            "leaves no room for a caption; expected a shorter --template"
-        )
-
-
-# -------------------------------------------------------------------------------------------------
-# readers from a checkpoint and from flags
-
-
-def reader_from(llm: FrozenLLM, made_for: dict):
-    """The reader that a checkpoint was trained with; None if it was the bare caption."""
-    template = "{}" if made_for.get("template") is None else made_for["template"]
-    expose = made_for.get("expose") or "all"
-    reader = None
-    if template != "{}" or expose != "all":
-        reader = Template(llm, template, expose)
-    if made_for.get("thinking"):
-        reader = Thinking(llm, *made_for["thinking"], reader)
-    return reader
-
-
-def reader_from_flags(llm: FrozenLLM, template: str, read: str | None) -> tuple:
-    """What train.py's --template and --read say -> the reader, and what the checkpoint keeps."""
-    name = None
-    options = {}
-    if read:
-        name, options = colon_form(read, READ, "--read")
-    if name == "chat" or "chat" in options:
-        template = chat(llm, template)
-    expose = "all"
-    if name == "after" or "after" in options:
-        expose = "after"
-    stored = {"template": template, "expose": expose, "thinking": None}
-    reader = reader_from(llm, stored)
-    if name in ("think", "rewrite"):
-        stored["thinking"] = thinking_of(llm, name, options)
-        reader = Thinking(llm, *stored["thinking"], reader)
-    return reader, stored
-
-
-def with_reading(llm: FrozenLLM, read: str):
-    """The reader that sample.py's --read asks for, around the one that the checkpoint brings."""
-    name, options = drawing_form(read)
-    if name == "image":
-        from extras.looking import Looking, open_picture
-
-        return Looking(llm, open_picture(options[""]), llm.reader)
-    inside = llm.reader
-    if isinstance(inside, Thinking):
-        inside = inside.inside
-    return Thinking(llm, *thinking_of(llm, name, options), inside)
-
-
-def drawing_form(read: str) -> tuple[str, dict]:
-    """--read of sample.py and evaluate.py -> what the LLM does first, and its options."""
-    name, colon, path = read.partition(":")
-    if name != "image":
-        return colon_form(read, READ_TO_DRAW, "--read")
-    if not path:
-        raise ValueError("--read image: expected image:FILE, a picture to start from")
-    return name, {"": path}  # which may have colons
-
-
-def thinking_of(llm: FrozenLLM, name: str, options: dict) -> list:
-    """The arguments of Thinking that --read think or rewrite says: frame, tokens, show."""
-    if "" in options and "tokens" in options:
-        raise ValueError(f"--read {name}: expected the number of tokens once, not twice")
-    number = options.get("", options.get("tokens", TOKENS))
-    try:
-        tokens = positive(int)(str(number))
-    except Exception as error:  # argparse's own kind
-        raise ValueError(f"--read {name}: {error}") from None
-    path = Path(options.get("frame", FRAMES / f"{name}.txt"))
-    try:
-        frame = read_text(path).removesuffix("\n")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--read {name}:frame={path} cannot be read: {error}") from None
-    if llm.tokenizer.chat_template:
-        frame = chat(llm, frame)
-    show = {"think": "all", "rewrite": "written"}[name]
-    if "reencode" in options:
-        show = "reencode"
-    return [frame, tokens, show]
-
-
-def chat(llm: FrozenLLM, template: str = "{}") -> str:
-    """The template as a user's message in the model's own chat template. ValueError if the model
-    has none."""
-    tokenizer = llm.tokenizer
-    if not tokenizer.chat_template:
-        raise ValueError(f"{llm.name} has no chat template; expected an instruct model")
-    said = [{"role": "user", "content": template}]
-    try:
-        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # the template is a program of its own
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"the chat template of {llm.name} fails ({why})") from None
-    return text.removeprefix(tokenizer.bos_token or "")  # the tokenizer puts that there itself

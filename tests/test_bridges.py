@@ -29,7 +29,8 @@ from extras.bridge_llm import BridgeLLM, FrozenEncoder, any_class
 from extras.bridges import BRIDGES, OPTIONS, build, count_parameters, llm_options
 from extras.checkpointing import checkpoint_layers
 from extras.mirror import MirrorTower
-from extras.thinking import Thinking, with_reading
+from extras.readers import with_reading
+from extras.thinking import Thinking
 from flags import RECIPES
 from inspection import fingerprint
 from llm import FrozenLLM

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
 from conftest import random_expert
+from extras.thinking import Thinking
 from flow import euler_sample, flow_loss
 from inspection import fingerprint
 from llm import FrozenLLM
@@ -104,10 +105,13 @@ MORE = {  # what the rules above leave at odds
 class Letters:
     """A tokenizer: a token for every letter."""
 
-    bos_token_id = bos_token = chat_template = None
+    bos_token_id = bos_token = eos_token_id = chat_template = None
 
     def __call__(self, text: str, **_):
         return type("Encoding", (), {"input_ids": [3 + ord(letter) % 200 for letter in text]})
+
+    def decode(self, ids, **_) -> str:
+        return "".join(chr(97 + int(i) % 26) for i in ids)
 
 
 def tiny_config(kind: type, **more):
@@ -263,3 +267,20 @@ def test_rotary_layouts(family, turning, layout):
     llm = FrozenLLM(tiny_model(family, **MORE.get(family, {})), Letters(), family)
     assert [2 * len(rotary.frequencies) for rotary in llm.rotary] == turning
     assert llm.rotary[0].order[:3].tolist() == layout
+
+
+@pytest.mark.parametrize("family", ["bamba", "jamba", "recurrent_gemma", "qwen3_next", "zamba2"])
+def test_what_a_recurrent_llm_writes(family):
+    """It stands in the cache as if it had been read in one pass: not every recurrent state goes on
+    from a frame's by several tokens."""
+    llm = FrozenLLM(tiny_model(family, **MORE.get(family, {})), Letters(), family)
+    llm.keep(range(len(llm.layers)))
+    frame = "red > ro\n{} >"
+    start = len(frame.split("{}")[0])
+    llm.reader = Thinking(llm, frame, 5)
+    for caption, row in llm.lookup(["a red circle", "two", "a blue circle"]).items():
+        ids = llm.open_ids(frame.replace("{}", caption))
+        whole = ids[:start] + llm.reader.shown[caption]
+        assert whole[: len(ids)] == ids and len(whole) > len(ids), "the frame alone is hidden"
+        read = llm.pack(llm.run(torch.tensor([whole])), torch.tensor([len(whole)]))[0, start:]
+        assert (row - read).abs().max() < 1e-4 * read.abs().max(), caption

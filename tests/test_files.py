@@ -22,7 +22,7 @@ from extras.files import clean_text, read_lines, read_picture, read_text
 from extras.folders import Folder
 from extras.looking import open_picture
 from extras.prompts import read_prompts, split_layout
-from extras.thinking import with_reading
+from extras.readers import with_reading
 
 # --------------------------------------------------------------------------------------------------
 # text files

@@ -9,7 +9,7 @@ import torch
 from attention import hybrid_mask, joint_attention, joint_attention_definition, text_mask
 from conftest import CPU, DECODERS, random_expert
 from extras.joint import joint_forward
-from extras.thinking import Template
+from extras.readers import Template
 from loading import load_llm
 from model import RMSNorm
 

@@ -18,7 +18,8 @@ import loading
 import train
 from conftest import CPU, TINY_RUN, save_tiny_instruct_llm, save_tiny_llm
 from extras.bridges import BridgeLLM
-from extras.thinking import Template, Thinking, chat
+from extras.readers import Template, chat
+from extras.thinking import Thinking
 from inspection import check_same_llm
 from llm import FrozenLLM
 from loading import check_words, load_llm, user_cache

@@ -12,7 +12,8 @@ import sample
 import train
 from conftest import CPU, SMALL, random_expert, save_tiny_llm
 from extras.looking import Looking, open_picture
-from extras.thinking import Thinking, with_reading
+from extras.readers import with_reading
+from extras.thinking import Thinking
 from inspection import fingerprint
 from llm import FrozenLLM, with_cache
 from loading import load_llm

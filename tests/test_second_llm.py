@@ -16,7 +16,7 @@ import sample
 import train
 from conftest import CPU, random_expert
 from extras.joint import joint_forward
-from extras.thinking import Template, chat
+from extras.readers import Template, chat
 from inspection import rotary_frequencies
 from loading import load_llm
 

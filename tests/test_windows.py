@@ -16,12 +16,13 @@ import assemble
 import checkpoint
 import sample
 from conftest import CPU, DECODERS, random_expert
-from extras import thinking
+from extras import readers
 from extras.bridges import KeyValueFusion, llm_options
 from extras.interactive import half_blocks, obey
 from extras.mirror import MirrorTower
+from extras.readers import Template
 from extras.sheets import enlarge, heat
-from extras.thinking import Template, Thinking
+from extras.thinking import Thinking
 from extras.windows import Windows
 from extras.word_maps import attend, shown_ids, text_of, word_maps, word_spans, words_of
 from flow import euler_sample
@@ -324,7 +325,7 @@ def test_a_session(a_run, tmp_path):
 
 def test_commands_change_what_comes_next(tiny_llm, tmp_path, monkeypatch):
     (tmp_path / "think.txt").write_text("{} =>")
-    monkeypatch.setattr(thinking, "FRAMES", tmp_path)  # the real one is too long for a tiny LLM
+    monkeypatch.setattr(readers, "FRAMES", tmp_path)  # the real one is too long for a tiny LLM
     llm = tiny_llm("gemma3")
     expert = random_expert(llm)
     args = sample.parse_args(["--interactive"])
