@@ -1,6 +1,6 @@
 """The figures of RESULTS.md, drawn from the JSONs it is made of: bars and curves with intervals.
 
-    python -m extras.charts                 # assets/controls.png, assets/hex.png
+    python -m extras.charts --out assets          # controls.png, hex.png
 
 matplotlib draws: pip install -r requirements-maps.txt
 """
@@ -61,7 +61,6 @@ def hex_scores(kind: str) -> dict[int, dict]:
         if runs:
             entry = mean_of_rows({seed: {HEX: tally} for seed, tally in enumerate(runs)})
             entry["off"] = [tally["color_off"] for tally in runs]
-            entry["of each run"] = [tally["score"] for tally in runs]
             scores[codes] = entry
     return scores
 
@@ -125,7 +124,7 @@ FIGURES = {"controls": draw_controls, "hex": draw_hex}
 
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description="The figures of RESULTS.md, from its JSONs.")
-    parser.add_argument("--out", default=str(ASSETS), help="a folder for the figures")
+    parser.add_argument("--out", default="evaluation", help="a folder for the figures")
     args = parser.parse_args(argv)
     out = make_folder(args.out)
     for name, draw in FIGURES.items():

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from extras import seeds
+from extras import charts, seeds
 from extras.intervals import mean_of_rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "assets" / "results"
 DOCUMENTS = ("README.md", "RESULTS.md")
-MAIN_RUNS = RESULTS / "main"
-KINDS = ("pretrained", "random", "dense")
+KINDS = tuple(charts.KINDS)
 
 
 def read(name: str) -> dict:
@@ -100,17 +99,12 @@ MAIN = {  # what the main table says of each suite
 }
 
 
-def main_runs(kind: str) -> list[dict]:
-    """What evaluate.py says of the runs of one kind, seed by seed."""
-    return [json.loads(path.read_text("utf-8")) for path in sorted(MAIN_RUNS.glob(f"{kind}-*"))]
-
-
 def headline() -> list[list[str]]:
     rows = []
     for suite in MAIN:
         row = []
         for kind in KINDS:
-            row.append(sure(seeds.summarize(suite, main_runs(kind))["mean"]))
+            row.append(sure(seeds.summarize(suite, charts.runs_of("main", kind))["mean"]))
         rows.append(row)
     rows.insert(3, [sure(emoji_found("emoji")), sure(emoji_found("emoji-random-llm")), ""])
     return rows
@@ -152,7 +146,7 @@ def controls() -> list[list[str]]:
     """The scores of each kind of run over its seeds, and what would be right by chance."""
     rows = []
     for suite, names in MAIN.items():
-        summaries = [seeds.summarize(suite, main_runs(kind)) for kind in KINDS]
+        summaries = [seeds.summarize(suite, charts.runs_of("main", kind)) for kind in KINDS]
         for name in names:
             by_chance = summaries[0][name].get("chance")
             row = [sure(summary[name]) for summary in summaries]
@@ -163,10 +157,10 @@ def controls() -> list[list[str]]:
 def differences() -> list[list[str]]:
     """Each seed, and what sets the pretrained runs apart from the same seeds of each control."""
     rows = []
-    ours = main_runs(KINDS[0])
+    ours = charts.runs_of("main", KINDS[0])
     for suite, names in MAIN.items():
         each = seeds.summarize(suite, ours)
-        controls = [main_runs(kind) for kind in KINDS[1:]]
+        controls = [charts.runs_of("main", kind) for kind in KINDS[1:]]
         paired = [seeds.compare(suite, ours[: len(runs)], runs) for runs in controls]
         for name in names:
             shares = ", ".join(f"{score:.2f}" for score in each[name]["of each run"])
@@ -320,6 +314,20 @@ def in_words() -> list[list[str]]:
     ]
     assert pretrained["probe"]["layer"] == 11
     return [[sure(way[what]) for what in ("color", "shape", "both")] for way in ways]
+
+
+def hex_codes() -> list[list[str]]:
+    """How many codes never shown are right, how far off each seed's are, and what becomes of other
+    languages."""
+    rows = []
+    for kind in KINDS:
+        for codes, entry in charts.hex_scores(kind).items():
+            runs = charts.runs_of("hex", f"{kind}-{codes}")
+            off = ", ".join(f"{distance:.0f}" for distance in entry["off"])
+            languages = seeds.summarize("languages", runs)["mean"]
+            name = f"{codes:,}" if kind == KINDS[0] else f"{codes:,}, {charts.KINDS[kind]}"
+            rows.append([name, sure(entry), off, sure(languages)])
+    return rows
 
 
 def probe() -> list[list[str]]:
@@ -547,6 +555,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ],
     ("RESULTS.md", "Does the LLM's knowledge reach the picture?"): [suites, each_language],
     ("RESULTS.md", "Does the LLM not know it, or does the expert not hear it?"): [probe, in_words],
+    ("RESULTS.md", "How many hex codes must training show?"): [hex_codes],
     ("RESULTS.md", "Does it hold for real pictures?"): [emoji],
     ("RESULTS.md", "Which layers know a name?"): [emoji_layers, emoji_probe],
     ("RESULTS.md", "Is a copy of the LLM a better expert?"): [mirror],
@@ -613,6 +622,21 @@ def test_every_table_with_a_number_is_compared():
         for table in tables:
             numbers = re.findall(r"\d", str([row[1:] for row in table.rows]))
             assert place in TABLES or not numbers, f"{place}: a table that no JSON gives"
+
+
+def test_the_figures_show_the_scores():
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-maps.txt")
+    bars = charts.draw_controls().axes[0].patches
+    scores = [entry["score"] for entries in charts.control_scores().values() for entry in entries]
+    assert [bar.get_height() for bar in bars] == scores
+    right, off = charts.draw_hex().axes
+    kinds = [scores for scores in map(charts.hex_scores, KINDS) if scores]
+    assert len(right.containers) == len(kinds) > 0
+    for drawn, scores in zip(right.containers, kinds):
+        assert list(drawn[0].get_ydata()) == [entry["score"] for entry in scores.values()]
+        assert [charts.CODES[int(x)] for x in drawn[0].get_xdata()] == list(scores)
+    shown = [distance for line in off.lines for distance in line.get_ydata()]
+    assert shown == [x for scores in kinds for entry in scores.values() for x in entry["off"]]
 
 
 def test_readme_stays_short():
