@@ -53,6 +53,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "extras.answers": "--limit 1 --frame frame.txt",
     "extras.agreement": "--n 2",
     "extras.hex_codes": "--codes 1",
+    "extras.kinds": f"--llm {TINY} --limit 2",
     "extras.bench": f"--llm {TINY} --seconds 0.001 --batch-size=8 --width=32 --depth=2",
 }
 RACER = "kv"  # runs alone, in place of all those that are named

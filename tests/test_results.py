@@ -316,6 +316,19 @@ def in_words() -> list[list[str]]:
     return [[sure(way[what]) for what in ("color", "shape", "both")] for way in ways]
 
 
+def of_the_kind() -> list[list[str]]:
+    """Colour and shape that a probe reads, without prompts of the kind and with them; of the random
+    LLM too."""
+    found = read("probe-kinds")
+    rows = []
+    for kind, ways in found["pretrained"].items():
+        for way, scores in ways.items():
+            random = found["random"][kind][way]
+            row = [str(scores["layer"]), sure(scores["color"]), sure(scores["shape"])]
+            rows.append([*row, f"{share(random['color'])} / {share(random['shape'])}"])
+    return rows
+
+
 def hex_codes() -> list[list[str]]:
     """How many codes never shown are right, how far off each seed's are, and what becomes of other
     languages."""
@@ -554,7 +567,11 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
         objectives,
     ],
     ("RESULTS.md", "Does the LLM's knowledge reach the picture?"): [suites, each_language],
-    ("RESULTS.md", "Does the LLM not know it, or does the expert not hear it?"): [probe, in_words],
+    ("RESULTS.md", "Does the LLM not know it, or does the expert not hear it?"): [
+        probe,
+        of_the_kind,
+        in_words,
+    ],
     ("RESULTS.md", "How many hex codes must training show?"): [hex_codes],
     ("RESULTS.md", "Does it hold for real pictures?"): [emoji],
     ("RESULTS.md", "Which layers know a name?"): [emoji_layers, emoji_probe],

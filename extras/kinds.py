@@ -1,0 +1,184 @@
+"""What a linear probe finds if it has seen some of the kind itself: emoji, facts, colour words.
+
+    python -m extras.kinds --llm gemma-3-270m
+
+extras/probe.py's ridge, fitted on English training captions alone, as the expert is trained; and on
+those and other prompts of the kind that is asked (five folds, by scene). What the first does not
+find and the second does is in the LLM, but not where an expert learns to look for it. The layer is
+the one that is best on the half `choose`; the other half is reported. Hex codes: extras/probe.py.
+"""
+
+if __name__ == "__main__":
+    if not __package__:
+        raise SystemExit("run it from the repository: python -m extras.kinds")
+    import cli
+
+    cli.start()
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cli import (
+    OneLineParser,
+    make_folder,
+    one_line_errors,
+    pick_device,
+    pick_dtype,
+    positive,
+    seed_number,
+)
+from data import COLORS, SHAPES
+from evaluate import write_json
+from extras.colors import basic_color, lab
+from extras.intervals import mean_of_rows
+from extras.probe import TERMS, answer_of, hear, ridge, training_captions
+from extras.suites import Prompt, is_in, read_suite
+from llm import FrozenLLM
+from loading import load_llm
+
+KINDS = {  # a kind of prompt -> its suite and rows
+    "emoji": ("emoji", ["single"]),
+    "knowledge": ("knowledge", None),
+    "new color words": ("colors", ["new color words"]),
+}
+WAYS = ("English captions", "and the kind")  # what a probe is fitted on
+CAPTIONS = 2000
+FOLDS = 5
+
+Said = list[tuple[bool | None, bool]]  # is the colour right (None: not asked), and the shape?
+
+
+def rgb_of(prompt: Prompt) -> tuple[int, int, int] | None:
+    """The colour that a prompt of one thing asks for."""
+    color = prompt.scene.groups[0].color
+    return prompt.rgb or (COLORS[color] if color else None)
+
+
+def targets_of(prompts: list[Prompt]) -> Tensor:
+    """As probe.target_of, of prompts whose colour may have no name; no term where none is asked."""
+    targets = torch.zeros(len(prompts), len(TERMS) + len(SHAPES) + 3)
+    for target, prompt in zip(targets, prompts):
+        rgb = rgb_of(prompt)
+        if rgb:
+            target[TERMS.index(basic_color(rgb))] = 1
+            target[-3:] = torch.from_numpy(lab(rgb))
+        target[len(TERMS) + SHAPES.index(prompt.scene.groups[0].shape)] = 1
+    return targets
+
+
+def judge(prompts: list[Prompt], out: Tensor) -> Said:
+    """What a probe says of each prompt, (B, terms + shapes + 3), beside what is asked for."""
+    said = []
+    for prompt, row in zip(prompts, out):
+        term, _, shape = answer_of(row)
+        rgb = rgb_of(prompt)
+        color = term == basic_color(rgb) if rgb else None
+        said.append((color, shape == prompt.scene.groups[0].shape))
+    return said
+
+
+def probe_kind(prompts: list[Prompt], heard: list[Tensor], english: list[Tensor], targets) -> dict:
+    """Probes of each layer, and of each way the one that is best on the half `choose`.
+
+    heard, english: what each layer hands over of the prompts and of the captions; targets: of the
+    captions. -> way -> {"layer": its place, "color" and "shape": scores of the other half}
+    """
+    known = targets_of(prompts)
+    scenes = sorted({prompt.scene_id for prompt in prompts})
+    fold_of = torch.tensor([scenes.index(prompt.scene_id) % FOLDS for prompt in prompts])
+    said: dict[str, list[Said]] = {way: [] for way in WAYS}  # of each layer
+    for X, new in zip(english, heard):
+        said[WAYS[0]].append(judge(prompts, ridge(X, targets)(new)))
+        out = torch.zeros_like(known)
+        for fold in range(FOLDS):
+            fit = fold_of != fold
+            predict = ridge(torch.cat([X, new[fit]]), torch.cat([targets, known[fit]]))
+            out[~fit] = predict(new[~fit])
+        said[WAYS[1]].append(judge(prompts, out))
+
+    chosen = [is_in("choose", prompt.scene_id) for prompt in prompts]
+    table = {}
+    for way, layers in said.items():
+        scores = []
+        for verdicts in layers:
+            of_half = [verdict for verdict, is_chosen in zip(verdicts, chosen) if is_chosen]
+            scores.append(share(of_half, 0) + share(of_half, 1))
+        best = int(np.argmax(scores))
+        table[way] = {"layer": best} | tallies(prompts, layers[best], chosen)
+    return table
+
+
+def share(said: Said, place: int) -> float:
+    asked = [verdict[place] for verdict in said if verdict[place] is not None]
+    return sum(asked) / len(asked) if asked else 0.0
+
+
+def tallies(prompts: list[Prompt], said: Said, left_out: list[bool]) -> dict:
+    """The scores of colours and of shapes, as evaluate.py has them, of what is not left out."""
+    found = {}
+    for place, what in enumerate(("color", "shape")):
+        right = ""
+        scenes = []
+        for prompt, verdict, is_out in zip(prompts, said, left_out):
+            if verdict[place] is not None and not is_out:
+                right += str(int(verdict[place]))
+                scenes.append(prompt.scene_id)
+        tally = {"score": right.count("1") / max(1, len(right)), "n": len(right), "wrong": {}}
+        tally |= {"right": right, "scenes": " ".join(scenes)}
+        found[what] = tally | mean_of_rows({0: {what: tally}})
+    return found
+
+
+def probe_llm(llm: FrozenLLM, seed: int, limit: int | None) -> dict:
+    """kind -> way -> scores"""
+    llm.keep(range(len(llm.layers)))
+    captions, targets = training_captions(seed, min(CAPTIONS, 200 * (limit or 10)))
+    english = hear(llm, captions)
+    table = {}
+    for kind, (suite, rows) in KINDS.items():
+        prompts = [prompt for prompt in read_suite(suite, limit, rows) if prompt.is_of_one_thing]
+        heard = hear(llm, [prompt.text for prompt in prompts])
+        table[kind] = probe_kind(prompts, heard, english, targets)
+        for scores in table[kind].values():
+            scores["layer"] = llm.layers[scores["layer"]].index
+    return table
+
+
+def print_table(name: str, table: dict) -> None:
+    print(f"{name}: right of the half report, 95 %")
+    for kind, ways in table.items():
+        for way, scores in ways.items():
+            cells = []
+            for what in ("color", "shape"):
+                low, high = scores[what]["interval"]
+                cells.append(f"{what} {scores[what]['score']:.2f} ({low:.2f} to {high:.2f})")
+            print(f"  {kind:16} {way:17} layer {scores['layer']:2}  {'  '.join(cells)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(description="Probes fitted on the kind of prompt that is asked.")
+    add = parser.add_argument
+    add("--llm", default="gemma-3-270m", help="as train.py's")
+    add("--out", type=Path, default=Path("evaluation"), help="where probe-kinds.json goes")
+    add("--limit", type=positive(int), help="only the first so many prompts of each row")
+    add("--seed", type=seed_number, default=0, help="of the captions")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the LLM")
+    args = parser.parse_args(argv)
+    path = make_folder(args.out) / "probe-kinds.json"
+    device, _ = pick_device(args.device)
+    dtype, _ = pick_dtype(args.dtype, device)
+    content = {"llm": args.llm, "seed": args.seed}
+    for name, random_seed in (("pretrained", None), ("random", 0)):
+        llm = load_llm(args.llm, device, dtype, random_seed=random_seed)
+        content[name] = probe_llm(llm, args.seed, args.limit)
+        print_table(f"{args.llm}, {name}", content[name])
+    write_json(path, content)
+    print(path)
+
+
+if __name__ == "__main__":
+    one_line_errors(main)
