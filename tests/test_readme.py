@@ -52,7 +52,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "--batch-size 8 --width 64 --depth 3",
     "extras.answers": "--limit 1 --frame frame.txt",
     "extras.agreement": "--n 2",
-    "extras.hex_codes": "--codes 1",
+    "extras.shapes_folder": "--codes 1",
     "extras.kinds": f"--llm {TINY} --limit 2",
     "extras.bench": f"--llm {TINY} --seconds 0.001 --batch-size=8 --width=32 --depth=2",
 }
