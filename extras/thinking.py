@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from llm import CacheUpTo, FrozenLLM, Reading, with_cache
 
 TOKENS = 48  # that the LLM writes at most, if no number is given
-ROWS = 8  # captions that it writes about side by side: always so many, so that no bit of what it
-# writes about one depends on how many there are
+SIDE_BY_SIDE = 8  # captions that it writes about at a time: always so many, so that no bit of what
+# it writes about one depends on how many there are
 
 
 class Thinking:
@@ -53,7 +53,7 @@ class Thinking:
             raise ValueError(
                 f"the frame {frame[-60:]!r}: expected a text with one {{}}, where the prompt stands"
             )
-        # the frame's beginning is the same for every caption, so it goes through the LLM once
+        # the frame's beginning is the same for every caption
         self.beginning = llm.open_ids(frame.split("{}")[0])
         if len(self.beginning) >= llm.max_tokens:
             raise ValueError(
@@ -75,12 +75,15 @@ class Thinking:
             )
 
     @torch.no_grad()
-    def begin(self) -> tuple[DynamicCache, tuple[Tensor, ...]]:
-        """The cache of the frame's beginning, and its hidden states (ROWS, T, d) of every layer."""
+    def begin(self) -> tuple[DynamicCache | None, tuple[Tensor, ...]]:
+        """The cache of the frame's beginning, which goes through the LLM once, and its hidden
+        states (1, T, d) of every layer. None where nothing can be shared: the state of a recurrent
+        layer neither goes back nor, in every model, on by several tokens."""
         cache = CacheUpTo(self.llm.model.config)
-        if not self.beginning:
-            return cache, ()
-        ids = torch.tensor([self.beginning] * ROWS, device=self.llm.device)
+        recurrent = any(hasattr(layer, "conv_states") for layer in cache.layers)
+        if recurrent or not self.beginning:
+            return None, ()
+        ids = torch.tensor([self.beginning], device=self.llm.device)
         return cache, self.run(ids, cache)
 
     def read(self, caption: str) -> Reading | Tensor:
@@ -117,8 +120,8 @@ class Thinking:
             groups.setdefault((self.shared(ids), len(ids)), []).append((caption, ids))
         rows = {}
         for (shared, _), group in sorted(groups.items()):
-            for start in range(0, len(group), ROWS):
-                rows |= self.write_group(group[start : start + ROWS], shared)
+            for start in range(0, len(group), SIDE_BY_SIDE):
+                rows |= self.write_group(group[start : start + SIDE_BY_SIDE], shared)
         return rows
 
     def shared(self, ids: list[int]) -> int:
@@ -133,10 +136,10 @@ class Thinking:
 
     @torch.no_grad()
     def write_group(self, group: list[tuple[str, list[int]]], shared: int) -> dict[str, Tensor]:
-        """At most ROWS captions and their tokens, as many of each -> their rows (T, W)."""
+        """At most SIDE_BY_SIDE captions and their tokens, as many of each -> their rows (T, W)."""
         llm = self.llm
         prompts = [ids for _, ids in group]
-        prompts += prompts[-1:] * (ROWS - len(group))
+        prompts += prompts[-1:] * (SIDE_BY_SIDE - len(group))
         length = len(prompts[0])
 
         # the writing; each token's keys and values are in the cache as it is read
@@ -185,23 +188,23 @@ class Thinking:
         return getattr(self.inside, "expose", "all") == "all"
 
     def read_prompt(self, prompt: Tensor, shared: int) -> tuple[DynamicCache, list]:
-        """prompt (ROWS, T) of which `shared` tokens are the frame's -> the cache of all but the
-        last token, with which the writing begins; and their hidden states, in parts.
+        """prompt (B, T) of which `shared` tokens are the frame's -> the cache of all but the last
+        token, with which the writing begins; and their hidden states, in parts.
 
         (From a longer piece `generate` takes the last state as a slice, for which torch copies the
         LLM's head once a row: 20 seconds for gemma-3's.)
         """
-        # a copy of the frame's cache, with its shared tokens alone; the state of a recurrent layer
-        # neither goes back nor, in every model, on by several tokens
-        cache = CacheUpTo(self.llm.model.config)
-        states = []
-        if shared and not any(getattr(self.begun, "is_linear", ())):
+        # a copy of the frame's cache, with its shared tokens alone
+        if self.begun is None or not shared:
+            shared = 0
+            cache = CacheUpTo(self.llm.model.config)
+            states = []
+        else:
             cache = copy.deepcopy(self.begun)
-            states = [[layer[:, :shared] for layer in self.begun_states]]
             if shared < len(self.beginning):
                 cache.crop(shared - len(self.beginning))
-        else:
-            shared = 0
+            cache.batch_repeat_interleave(len(prompt))
+            states = [[x[:, :shared].expand(len(prompt), -1, -1) for x in self.begun_states]]
 
         # the rest
         rest = prompt[:, shared:-1]
@@ -210,10 +213,11 @@ class Thinking:
         return cache, states
 
     def run(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, ...]:
-        """The LLM reads ids (ROWS, T) into the cache -> their hidden states of every layer."""
+        """The LLM reads ids (B, T) into the cache -> their hidden states of every layer, which only
+        the LLM of a bridge keeps."""
         decoder = self.llm.model.base_model
-        out = decoder(input_ids=ids, output_hidden_states=True, **with_cache(decoder, cache))
-        return out.get("hidden_states") or ()
+        options = {"output_hidden_states": hasattr(self.llm, "states")} | with_cache(decoder, cache)
+        return decoder(input_ids=ids, **options).get("hidden_states") or ()
 
     def generate(self, prompt: Tensor, cache: DynamicCache):
         """Greedily on after each, to the line's end; of a chat model, to the end of its turn."""
@@ -234,7 +238,6 @@ class Thinking:
             max_new_tokens=min(self.tokens, self.llm.max_tokens - length),
             pad_token_id=0,
             return_dict_in_generate=True,
-            # only the LLM of a bridge keeps hidden states
             output_hidden_states=bool(getattr(self.llm, "states", ())),
         )
 

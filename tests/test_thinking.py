@@ -63,7 +63,7 @@ def test_thinking_goes_into_the_cache_once(kind, tiny_llm):
         difference = (rows[caption] - expected).abs().max()
         assert difference < 1e-4, f"written on the go = read in one pass: {difference}"
         computed[len(ids)] = max(computed.get(len(ids), 0), len(out) - 1 - frame_tokens)
-    once = "the frame once for all captions, and every other token once"
+    once = "the frame once for all captions, each other token in one step of its group"
     assert sum(read) == frame_tokens + sum(computed.values()), once
     assert torch.equal(llm.lookup([""])[""], empty), "the unconditional branch is as in training"
 
@@ -102,6 +102,23 @@ def test_side_by_side_is_one_by_one(kind, show, tiny_llm):
     for caption in reversed(captions):
         assert torch.equal(llm.lookup([caption])[caption], together[caption]), caption
     assert llm.reader.written == said and len(said) == len(captions) - 1
+
+
+def test_any_of_several_ends_is_one(tiny_llm):
+    """A model may have a list of tokens that end its writing (Llama 3, Gemma 3's chat)."""
+    llm = tiny_llm("qwen2")
+    frame = "red => blue\n{} =>"
+    llm.reader = Thinking(llm, frame, 8)
+    llm.lookup(["a red circle", "two red stars"])
+    ids = llm.open_ids(frame.format("a red circle"))
+    wrote = llm.reader.shown["a red circle"][len(ids) - len(llm.reader.beginning) :]
+    assert len(wrote) > 2, "its last token is not shown"
+    llm.model.generation_config.eos_token_id = [1, wrote[1]]
+    llm.reader = Thinking(llm, frame, 8)
+    llm.lookup(["two red stars", "a red circle"])
+    end = wrote.index(wrote[1])  # the first of its kind
+    shown = llm.reader.shown["a red circle"]
+    assert shown[len(ids) - len(llm.reader.beginning) :] == wrote[:end]
 
 
 def test_what_is_kept_may_change_after_the_reader_is_set(tiny_llm):
