@@ -14,11 +14,16 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
+import numpy as np
+
 from cli import OneLineParser, make_folder, one_line_errors, write_whole
 from evaluate import read_results
+from extras.colors import lab
 from extras.intervals import mean_of_rows
 from extras.maps import COLORS, add_legend, as_picture, new_figure, new_panel
 from extras.seeds import summarize
+from extras.shapes_folder import codes as shown_codes
+from extras.suites import read_suite
 
 ASSETS = Path(__file__).parent.parent / "assets"
 KINDS = {"pretrained": "pretrained LLM", "random": "random LLM", "dense": "no LLM"}
@@ -52,6 +57,16 @@ def control_scores() -> dict[str, list[dict]]:
     return scores
 
 
+def nearest_shown(codes: int) -> float:
+    """How far a code that is asked for is from the nearest of those shown: the median, in CIE76."""
+    asked = read_suite("colors", only=[HEX], half="report")
+    distances = []
+    shown = lab(shown_codes(codes, seed=0))
+    for prompt in asked:
+        distances.append(np.linalg.norm(shown - lab(prompt.rgb), axis=1).min())
+    return float(np.median(distances))
+
+
 def hex_scores(kind: str) -> dict[int, dict]:
     """Hex codes shown in training -> how many codes that were not shown are right, with interval,
     and `off` of each seed, the median distance of the drawn colour in CIE76."""
@@ -83,7 +98,8 @@ def draw_controls():
     scores = control_scores()
     width = 0.8 / len(scores)
     for i, entries in enumerate(scores.values()):
-        places = [group + (i - 1) * width for group in range(len(BARS))]
+        aside = (i - (len(scores) - 1) / 2) * width
+        places = [group + aside for group in range(len(BARS))]
         heights = [entry["score"] for entry in entries]
         bars = {"color": COLORS[i], "ecolor": "#444444", "capsize": 2}
         axes.bar(places, heights, 0.9 * width, yerr=error_bars(entries), **bars)
@@ -101,21 +117,19 @@ def draw_hex():
     shown = "hex codes in training, none of those asked for"
     right = new_panel(figure, places[0], "codes never shown that are right (ΔE < 15)", shown)
     off = new_panel(figure, places[1], "colour off by, median ΔE of each seed", shown)
-    names = [KINDS[kind] for kind in KINDS if hex_scores(kind)]
-    for i, kind in enumerate(KINDS):
-        scores = hex_scores(kind)
+    lines = {KINDS[kind]: hex_scores(kind) for kind in KINDS if hex_scores(kind)}
+    for i, scores in enumerate(lines.values()):
         at = [CODES.index(codes) for codes in scores]
         entries = list(scores.values())
+        heights = [entry["score"] for entry in entries]
         line = {"color": COLORS[i], "marker": "o", "capsize": 3}
-        if entries:
-            heights = [entry["score"] for entry in entries]
-            right.errorbar(at, heights, yerr=error_bars(entries), **line)
+        right.errorbar(at, heights, yerr=error_bars(entries), **line)
         for place, entry in zip(at, entries):
             off.plot([place] * len(entry["off"]), entry["off"], "o", color=COLORS[i], alpha=0.7)
     for axes in (right, off):
         axes.set_xticks(range(len(CODES)), [f"{codes:,}" for codes in CODES])
         axes.set_ylim(bottom=0)
-    add_legend(figure, names)
+    add_legend(figure, list(lines))
     return figure
 
 

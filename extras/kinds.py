@@ -3,9 +3,9 @@
     python -m extras.kinds --llm gemma-3-270m
 
 extras/probe.py's ridge, fitted on English training captions alone, as the expert is trained; and on
-those and other prompts of the kind that is asked (five folds, by scene). What the first does not
-find and the second does is in the LLM, but not where an expert learns to look for it. The layer is
-the one that is best on the half `choose`; the other half is reported. Hex codes: extras/probe.py.
+those and other prompts of the kind that is asked (five folds: no scene is in two of them). What the
+second finds and the first does not is in the LLM, but not where English leads. The layer is the one
+that is best on the half `choose`; the other half is reported. Hex codes: extras/probe.py.
 """
 
 if __name__ == "__main__":
@@ -33,9 +33,10 @@ from cli import (
 from data import COLORS, SHAPES
 from evaluate import write_json
 from extras.colors import basic_color, lab
-from extras.intervals import mean_of_rows
+from extras.intervals import difference, mean_of_rows
 from extras.probe import TERMS, answer_of, hear, ridge, training_captions
 from extras.suites import Prompt, is_in, read_suite
+from extras.tables import signed
 from llm import FrozenLLM
 from loading import load_llm
 
@@ -147,6 +148,16 @@ def probe_llm(llm: FrozenLLM, seed: int, limit: int | None) -> dict:
     return table
 
 
+def gained(ways: dict) -> dict[str, dict]:
+    """What the second way reads and the first does not, paired. "color" and "shape" -> difference,
+    as extras/intervals.py has it."""
+    found = {}
+    for what in ("color", "shape"):
+        first, second = ({0: {what: ways[way][what]}} for way in WAYS)
+        found[what] = difference(second, first)
+    return found
+
+
 def print_table(name: str, table: dict) -> None:
     print(f"{name}: right of the half report, 95 %")
     for kind, ways in table.items():
@@ -156,6 +167,8 @@ def print_table(name: str, table: dict) -> None:
                 low, high = scores[what]["interval"]
                 cells.append(f"{what} {scores[what]['score']:.2f} ({low:.2f} to {high:.2f})")
             print(f"  {kind:16} {way:17} layer {scores['layer']:2}  {'  '.join(cells)}")
+        cells = [f"{what} {signed(entry)}" for what, entry in gained(ways).items()]
+        print(f"  {'':16} gained: {'  '.join(cells)}")
 
 
 def main(argv: list[str] | None = None) -> None:

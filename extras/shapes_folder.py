@@ -93,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.exists():
         raise ValueError(f"--out {args.out} is there; expected a new folder")
+    if args.codes and args.one_object:
+        raise ValueError("--codes draws single objects: leave out --one-object")
     if args.codes:
         examples = coded(args.codes, args.image_size, args.seed)
     else:

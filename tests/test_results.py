@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from extras import charts, seeds
+from extras import charts, kinds, seeds
 from extras.intervals import mean_of_rows
 
 ROOT = Path(__file__).parent.parent
@@ -317,14 +317,17 @@ def in_words() -> list[list[str]]:
 
 
 def of_the_kind() -> list[list[str]]:
-    """Colour and shape that a probe reads, without prompts of the kind and with them; of the random
-    LLM too."""
+    """Colour and shape that a probe reads, without prompts of the kind and with them, and what is
+    gained; of the random LLM too."""
     found = read("probe-kinds")
     rows = []
     for kind, ways in found["pretrained"].items():
+        gained = {what: apart(entry) for what, entry in kinds.gained(ways).items()}
         for way, scores in ways.items():
             random = found["random"][kind][way]
-            row = [str(scores["layer"]), sure(scores["color"]), sure(scores["shape"])]
+            row = [str(scores["layer"])]
+            for what in ("color", "shape"):
+                row += [share(scores[what]), gained[what] if way == kinds.WAYS[1] else ""]
             rows.append([*row, f"{share(random['color'])} / {share(random['shape'])}"])
     return rows
 
@@ -339,7 +342,8 @@ def hex_codes() -> list[list[str]]:
             off = ", ".join(f"{distance:.0f}" for distance in entry["off"])
             languages = seeds.summarize("languages", runs)["mean"]
             name = f"{codes:,}" if kind == KINDS[0] else f"{codes:,}, {charts.KINDS[kind]}"
-            rows.append([name, sure(entry), off, sure(languages)])
+            nearest = f"{charts.nearest_shown(codes):.0f}" if codes else ""
+            rows.append([name, nearest, sure(entry), off, sure(languages)])
     return rows
 
 
@@ -647,13 +651,13 @@ def test_the_figures_show_the_scores():
     scores = [entry["score"] for entries in charts.control_scores().values() for entry in entries]
     assert [bar.get_height() for bar in bars] == scores
     right, off = charts.draw_hex().axes
-    kinds = [scores for scores in map(charts.hex_scores, KINDS) if scores]
-    assert len(right.containers) == len(kinds) > 0
-    for drawn, scores in zip(right.containers, kinds):
+    lines = [scores for scores in map(charts.hex_scores, KINDS) if scores]
+    assert len(right.containers) == len(lines) > 0
+    for drawn, scores in zip(right.containers, lines):
         assert list(drawn[0].get_ydata()) == [entry["score"] for entry in scores.values()]
         assert [charts.CODES[int(x)] for x in drawn[0].get_xdata()] == list(scores)
     shown = [distance for line in off.lines for distance in line.get_ydata()]
-    assert shown == [x for scores in kinds for entry in scores.values() for x in entry["off"]]
+    assert shown == [x for scores in lines for entry in scores.values() for x in entry["off"]]
 
 
 def test_readme_stays_short():
