@@ -29,20 +29,17 @@ from cli import (
     OneLineParser,
     make_folder,
     one_line_errors,
-    pick_device,
-    pick_dtype,
     positive,
     seed_number,
 )
-from data import CANONICAL_COLORS, SHAPES
+from data import CANONICAL_COLORS, COLORS, SHAPES
 from evaluate import write_json
 from extras.files import read_text
 from extras.intervals import mean_of_rows
-from extras.probe import answer_of, hear, ridge, target_of, training_captions
+from extras.probe import answer_of, hear, llm_and_control, ridge, target_of, training_captions
 from extras.readers import FRAMES
 from extras.suites import Prompt, read_suite
 from llm import FrozenLLM
-from loading import load_llm
 
 SUITE = "languages"
 ROWS = 32  # texts that go through the LLM together
@@ -137,7 +134,8 @@ def probed(
 
     # each language by a probe that knows the others
     X, new, known = english[layer], heard[layer], heard_of_others[layer]
-    known_targets = torch.stack([target_of(prompt.scene.groups[0]) for prompt in others])
+    groups = [prompt.scene.groups[0] for prompt in others]
+    known_targets = torch.stack([target_of(group.shape, COLORS[group.color]) for group in groups])
     out = torch.zeros(len(asked), targets.shape[1])
     for row in dict.fromkeys(prompt.row for prompt in asked):
         theirs = torch.tensor([prompt.row == row for prompt in asked])
@@ -217,12 +215,9 @@ def main(argv: list[str] | None = None) -> None:
     other = {"choose": "report", "report": "choose"}[args.half]
     asked = prompts_of(args.half, args.limit)
     others = [prompt for prompt in prompts_of(other, args.limit) if prompt.row != "English"]
-    device, _ = pick_device(args.device)
-    dtype, _ = pick_dtype(args.dtype, device)
     captions = min(CAPTIONS, 200 * (args.limit or 10))
     content = {"llm": args.llm, "half": args.half, "frame": frame}
-    for name, random_seed in (("pretrained", None), ("random", 0)):
-        llm = load_llm(args.llm, device, dtype, random_seed=random_seed)
+    for name, llm in llm_and_control(args):
         content[name] = {
             "words": answers(llm, frame, asked, others),
             "probe": probed(llm, asked, others, args.seed, captions),

@@ -117,7 +117,7 @@ def draw_hex():
     shown = "hex codes in training, none of those asked for"
     right = new_panel(figure, places[0], "codes never shown that are right (ΔE < 15)", shown)
     off = new_panel(figure, places[1], "colour off by, median ΔE of each seed", shown)
-    lines = {KINDS[kind]: hex_scores(kind) for kind in KINDS if hex_scores(kind)}
+    lines = {name: scores for kind, name in KINDS.items() if (scores := hex_scores(kind))}
     for i, scores in enumerate(lines.values()):
         at = [CODES.index(codes) for codes in scores]
         entries = list(scores.values())

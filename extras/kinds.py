@@ -25,20 +25,17 @@ from cli import (
     OneLineParser,
     make_folder,
     one_line_errors,
-    pick_device,
-    pick_dtype,
     positive,
     seed_number,
 )
-from data import COLORS, SHAPES
+from data import COLORS
 from evaluate import write_json
-from extras.colors import basic_color, lab
+from extras.colors import basic_color
 from extras.intervals import difference, mean_of_rows
-from extras.probe import TERMS, answer_of, hear, ridge, training_captions
+from extras.probe import answer_of, hear, llm_and_control, ridge, target_of, training_captions
 from extras.suites import Prompt, is_in, read_suite
 from extras.tables import signed
 from llm import FrozenLLM
-from loading import load_llm
 
 KINDS = {  # a kind of prompt -> its suite and rows
     "emoji": ("emoji", ["single"]),
@@ -59,15 +56,7 @@ def rgb_of(prompt: Prompt) -> tuple[int, int, int] | None:
 
 
 def targets_of(prompts: list[Prompt]) -> Tensor:
-    """As probe.target_of, of prompts whose colour may have no name; no term where none is asked."""
-    targets = torch.zeros(len(prompts), len(TERMS) + len(SHAPES) + 3)
-    for target, prompt in zip(targets, prompts):
-        rgb = rgb_of(prompt)
-        if rgb:
-            target[TERMS.index(basic_color(rgb))] = 1
-            target[-3:] = torch.from_numpy(lab(rgb))
-        target[len(TERMS) + SHAPES.index(prompt.scene.groups[0].shape)] = 1
-    return targets
+    return torch.stack([target_of(p.scene.groups[0].shape, rgb_of(p)) for p in prompts])
 
 
 def judge(prompts: list[Prompt], out: Tensor) -> Said:
@@ -182,11 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the LLM")
     args = parser.parse_args(argv)
     path = make_folder(args.out) / "probe-kinds.json"
-    device, _ = pick_device(args.device)
-    dtype, _ = pick_dtype(args.dtype, device)
     content = {"llm": args.llm, "seed": args.seed}
-    for name, random_seed in (("pretrained", None), ("random", 0)):
-        llm = load_llm(args.llm, device, dtype, random_seed=random_seed)
+    for name, llm in llm_and_control(args):
         content[name] = probe_llm(llm, args.seed, args.limit)
         print_table(f"{args.llm}, {name}", content[name])
     write_json(path, content)

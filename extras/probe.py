@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
     cli.start()
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 import evaluate
 from cli import OneLineParser, make_folder, one_line_errors, pick_device, pick_dtype
-from data import COLORS, SHAPES, Group, Shapes
+from data import COLORS, SHAPES, Shapes
 from evaluate import NEAR, Grade, Graded, LoadedRun, write_json
 from extras.colors import BASIC_COLORS, basic_color, lab
 from extras.intervals import wilson
@@ -92,18 +92,18 @@ def training_captions(seed: int, n: int) -> tuple[list[str], Tensor]:
         group = scene.groups[0]
         is_one = len(scene.groups) == 1 and group.count == 1
         if is_one and group.color:
-            targets[len(captions)] = target_of(group)
+            targets[len(captions)] = target_of(group.shape, COLORS[group.color])
             captions.append(caption)
     return captions, targets
 
 
-def target_of(group: Group) -> Tensor:
-    """What a thing of a named colour is, (terms + shapes + 3,)."""
+def target_of(shape: str, rgb: tuple[int, int, int] | None) -> Tensor:
+    """What a thing of this shape and colour is, (terms + shapes + 3,); no term without a colour."""
     target = torch.zeros(len(TERMS) + len(SHAPES) + 3)
-    rgb = COLORS[group.color]
-    target[TERMS.index(basic_color(rgb))] = 1
-    target[len(TERMS) + SHAPES.index(group.shape)] = 1
-    target[-3:] = torch.from_numpy(lab(rgb))
+    if rgb:
+        target[TERMS.index(basic_color(rgb))] = 1
+        target[-3:] = torch.from_numpy(lab(rgb))
+    target[len(TERMS) + SHAPES.index(shape)] = 1
     return target
 
 
@@ -282,17 +282,22 @@ def probe_run(args: argparse.Namespace) -> None:
 
 def probe_llm(args: argparse.Namespace) -> None:
     """The probe for hex codes of an LLM, and of its control, without any run."""
-    device, _ = pick_device(args.device)
-    dtype, _ = pick_dtype(args.dtype, device)
     path = make_folder(args.out or "evaluation") / "probe-hex.json"
     tables = {}
-    for name, random_seed in (("pretrained", None), ("random", 0)):
-        llm = load_llm(args.llm, device, dtype, random_seed=random_seed)
+    for name, llm in llm_and_control(args):
         llm.keep(range(len(llm.layers)))
         tables[name] = probe_hex(llm, args.seed, hex_captions(args))
         print_probe_hex(f"{args.llm}, {name}", tables[name])
     write_json(path, {"llm": args.llm, "seed": args.seed} | tables)
     print(path)
+
+
+def llm_and_control(args: argparse.Namespace) -> Iterator[tuple[str, FrozenLLM]]:
+    """The LLM of --llm, "pretrained", and the same with random weights, "random"."""
+    device, _ = pick_device(args.device)
+    dtype, _ = pick_dtype(args.dtype, device)
+    for name, random_seed in (("pretrained", None), ("random", 0)):
+        yield name, load_llm(args.llm, device, dtype, random_seed=random_seed)
 
 
 def hex_captions(args: argparse.Namespace) -> int:

@@ -299,4 +299,4 @@ def test_what_a_recurrent_llm_writes(family, tokenizer):
         written.append(len(whole) - len(ids))
         read = llm.pack(llm.run(torch.tensor([whole])), torch.tensor([len(whole)]))[0, start:]
         assert (row - read).abs().max() < 1e-4 * read.abs().max(), caption
-    assert max(written) > 1
+    assert any(count > 1 for count in written)

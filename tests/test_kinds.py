@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_cli import refusal
 
+from data import SHAPES
 from extras import kinds
-from extras.probe import training_captions
+from extras.probe import TERMS, training_captions
 from extras.suites import is_in, read_suite
 
 
@@ -26,7 +27,7 @@ def test_it_finds_what_the_kind_alone_tells(kind):
     scenes = sorted({prompt.scene_id for prompt in prompts})
     place = torch.tensor([scenes.index(prompt.scene_id) for prompt in prompts])
     scene = torch.nn.functional.one_hot(place, len(scenes)).float()
-    terms, shapes, _ = known.split([len(kinds.TERMS), len(kinds.SHAPES), 3], dim=1)
+    terms, shapes, _ = known.split([len(TERMS), len(SHAPES), 3], dim=1)
     answer = torch.cat([terms, shapes], 1)
     turned = answer.roll(1, 1)  # the captions say it in other places
     said = torch.cat([targets[:, : answer.shape[1]], torch.zeros(len(targets), len(scenes))], 1)
@@ -44,7 +45,7 @@ def test_it_finds_what_the_kind_alone_tells(kind):
     alone = kinds.probe_kind(prompts, heard[:1], [said], targets)["and the kind"]
     counted = [p.scene_id for p in prompts if is_in("report", p.scene_id)]
     assert alone["shape"]["scenes"].split() == counted, "the other half"
-    most = max(known[:, : len(kinds.TERMS)].sum(0)) / known[:, : len(kinds.TERMS)].sum()
+    most = max(known[:, : len(TERMS)].sum(0)) / known[:, : len(TERMS)].sum()
     assert alone["color"]["score"] <= 2 * most + 0.1, "the scene alone tells nothing"
 
 
