@@ -136,7 +136,8 @@ class Thinking:
 
     @torch.no_grad()
     def write_group(self, group: list[tuple[str, list[int]]], shared: int) -> dict[str, Tensor]:
-        """At most SIDE_BY_SIDE captions and their tokens, as many of each -> their rows (T, W)."""
+        """At most SIDE_BY_SIDE captions and their tokens, as many of each -> their rows (T, W); none
+        where what was written is read again."""
         llm = self.llm
         prompts = [ids for _, ids in group]
         prompts += prompts[-1:] * (SIDE_BY_SIDE - len(group))
@@ -146,19 +147,22 @@ class Thinking:
         prompt = torch.tensor(prompts, device=llm.device)
         cache, states = self.read_prompt(prompt, shared)
         out = self.generate(prompt, cache)
+        ends = [length + self.count_written(row[length:]) for row in out.sequences]
+        for (caption, _), tokens, end in zip(group, out.sequences, ends):
+            said = llm.tokenizer.decode(tokens[length:end], skip_special_tokens=True)
+            self.written[caption] = said.strip()
+        if self.show == "reencode":
+            return {}
         if out.hidden_states:
             parts = [*states, *out.hidden_states]
             cache.hidden_states = [torch.cat(layer, dim=1) for layer in zip(*parts)]
         # of each the last token has not been read, by a model that stops there
-        ends = [length + self.count_written(row[length:]) for row in out.sequences]
         read = torch.tensor(ends, device=llm.device) - 1
         packed = llm.pack(cache, read)
 
         # the frame stays out of sight, and the prompt too where something was written after it
         rows = {}
         for (caption, ids), tokens, end, row in zip(group, out.sequences, ends, packed):
-            said = llm.tokenizer.decode(tokens[length:end], skip_special_tokens=True)
-            self.written[caption] = said.strip()
             start = shared
             if self.show == "written" and end - 1 > length:
                 start = length
