@@ -136,8 +136,8 @@ class Thinking:
 
     @torch.no_grad()
     def write_group(self, group: list[tuple[str, list[int]]], shared: int) -> dict[str, Tensor]:
-        """At most SIDE_BY_SIDE captions and their tokens, as many of each -> their rows (T, W); none
-        where what was written is read again."""
+        """At most SIDE_BY_SIDE captions and their tokens, as many of each -> their rows (T, W);
+        none where what was written is read again."""
         llm = self.llm
         prompts = [ids for _, ids in group]
         prompts += prompts[-1:] * (SIDE_BY_SIDE - len(group))
