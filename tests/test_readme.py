@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 from test_pictures import save_tiny_vlm
 
+import assemble
 import loading
 import model
 import train
@@ -120,7 +121,10 @@ def read_llms_once(folder: Path) -> None:
         llm._cached = OrderedDict()
         return llm
 
-    loading.load_llm = load_llm
+    for module in list(sys.modules.values()):  # those that are imported already, too
+        if getattr(module, "load_llm", None) is read:
+            module.load_llm = load_llm
+    assert assemble.load_llm is load_llm
 
 
 @pytest.fixture(scope="module")
