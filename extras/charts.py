@@ -1,6 +1,6 @@
 """The figures of RESULTS.md, drawn from the JSONs it is made of: bars and curves with intervals.
 
-    python -m extras.charts --out assets          # controls.png, hex.png
+    python -m extras.charts --out assets          # controls.png, hex.png, steps.png
 
 matplotlib draws: pip install -r requirements-maps.txt
 """
@@ -35,6 +35,15 @@ BARS = {  # what a group of bars is called -> the suite, and which of its scores
     "facts": ("knowledge", "mean"),
     "nonsense": ("parrot", "mean"),
 }
+TWINS = {  # a line each over the steps of training
+    "pretrained": "gemma-3-270m",
+    "random": "random gemma-3-270m",
+    "dense": "no LLM",
+    "smollm2": "SmolLM2-135M-Instruct",
+    "smollm2-random": "random SmolLM2-135M-Instruct",
+}
+STEPS = ASSETS / "results" / "steps.json"  # kind -> step -> what evaluate.py said then, a run each
+LAST_STEP = 2400
 CODES = (0, 1, 10, 100, 1000)
 HEX = "hex, random"  # the row of the suite `colors` whose codes no training picture shows
 
@@ -45,7 +54,8 @@ HEX = "hex, random"  # the row of the suite `colors` whose codes no training pic
 
 def runs_of(folder: str, kind: str) -> list[dict]:
     """What evaluate.py has said of the runs of one kind, seed by seed."""
-    return [read_results(path) for path in sorted((ASSETS / "results" / folder).glob(f"{kind}-*"))]
+    paths = sorted((ASSETS / "results" / folder).glob(f"{kind}-[0-9].json"))
+    return [read_results(path) for path in paths]
 
 
 def control_scores() -> dict[str, list[dict]]:
@@ -55,6 +65,13 @@ def control_scores() -> dict[str, list[dict]]:
         runs = runs_of("main", kind)
         scores[kind] = [summarize(suite, runs)[name] for suite, name in BARS.values()]
     return scores
+
+
+def step_scores(kind: str) -> dict[int, dict]:
+    """Step -> GenEval's mean over the seeds (on the way there are fewer), with its interval."""
+    runs_at = {int(step): runs for step, runs in read_results(STEPS)[kind].items()}
+    runs_at[LAST_STEP] = runs_of("main", kind)
+    return {step: summarize("geneval", runs)["mean"] for step, runs in runs_at.items()}
 
 
 def nearest_shown(codes: int) -> float:
@@ -110,6 +127,23 @@ def draw_controls():
     return figure
 
 
+def draw_steps():
+    """GenEval over the steps of training, a line for each LLM, its random twin and none."""
+    figure = new_figure(10, 3.8)
+    place = figure.add_gridspec(1, 1)[0]
+    axes = new_panel(figure, place, "GenEval's six tasks, share right", "steps")
+    for i, kind in enumerate(TWINS):
+        scores = step_scores(kind)
+        heights = [entry["score"] for entry in scores.values()]
+        aside = 12 * (i - len(TWINS) // 2)  # so that intervals do not hide each other
+        steps = [step + aside for step in scores]
+        line = {"color": COLORS[i], "marker": "o", "capsize": 3}
+        axes.errorbar(steps, heights, yerr=error_bars(list(scores.values())), **line)
+    axes.set_ylim(0, 1)
+    add_legend(figure, list(TWINS.values()))
+    return figure
+
+
 def draw_hex():
     """How many codes are right, and how far off the colours are, over the codes shown."""
     figure = new_figure(10, 3.6)
@@ -133,7 +167,7 @@ def draw_hex():
     return figure
 
 
-FIGURES = {"controls": draw_controls, "hex": draw_hex}
+FIGURES = {"controls": draw_controls, "hex": draw_hex, "steps": draw_steps}
 
 
 def main(argv: list[str] | None = None) -> None:

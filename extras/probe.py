@@ -168,6 +168,22 @@ def hear(llm: FrozenLLM, captions: list[str]) -> list[Tensor]:
     return [torch.cat(parts) for parts in layers]
 
 
+def likeness(llm: FrozenLLM, captions: list[str]) -> list[float]:
+    """How alike a caption's tokens are in each layer: the cosine of two tokens' values, the mean
+    over all pairs and captions, the first token left out. At 1 all of them say the same."""
+    cosines = [[] for _ in llm.kept]
+    for caption in captions:
+        context = llm.context([caption])
+        for layer, values in zip(cosines, context.values):  # (1, G, T, Dv)
+            tokens = values[0, :, 1 : context.lengths[0]].float().transpose(0, 1).flatten(1)
+            tokens = tokens / tokens.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            n = len(tokens)
+            if n > 1:
+                others = (tokens @ tokens.T).sum() - tokens.square().sum()
+                layer.append(float(others) / (n * (n - 1)))
+    return [sum(layer) / len(layer) for layer in cosines]
+
+
 def without_thinking(run: LoadedRun) -> None:
     """Let the LLM read as in training, but write nothing: what it reads is probed."""
     made_for = run.expert.made_for | {"thinking": None}
@@ -187,7 +203,8 @@ def probe_hex(llm: FrozenLLM, seed: int, captions: int = 800) -> dict:
     """Does the LLM know a hex code? The probe fitted on the kind itself, captions with other codes.
 
     -> {"layer 3": {"right": share within NEAR of the colour, its "interval", "basic term": share,
-    "R2": of L*, a*, b*}}. The penalty is weaker: there is no other language to carry over to.
+    "R2": of L*, a*, b*, "alike": the tokens of plain captions}}. The penalty is weaker: there is no
+    other language to carry over to.
     """
     # the suite's own codes, and others to fit on
     rng = np.random.default_rng(seed)
@@ -206,8 +223,9 @@ def probe_hex(llm: FrozenLLM, seed: int, captions: int = 800) -> dict:
     # layer by layer
     heard = hear(llm, texts)
     tests = hear(llm, [prompt.text for prompt in asked])
+    alike = likeness(llm, training_captions(seed, 100)[0])
     table = {}
-    for layer, X, new in zip(llm.kept, heard, tests):
+    for layer, X, new, cosine in zip(llm.kept, heard, tests, alike):
         guess = ridge(X, targets, 1.0)(new).numpy()
         right = np.linalg.norm(guess - truth, axis=1) < NEAR
         error = np.square(guess - truth).sum(0)
@@ -218,6 +236,7 @@ def probe_hex(llm: FrozenLLM, seed: int, captions: int = 800) -> dict:
             "interval": wilson(right.sum(), len(right)),
             "basic term": float(same_term.mean()),
             "R2": (1 - error / spread).tolist(),
+            "alike": cosine,
         }
     return table
 
@@ -247,13 +266,13 @@ def print_probe(table: dict) -> None:
 
 
 def print_probe_hex(name: str, table: dict) -> None:
-    measures = f"within dE {NEAR:.0f}, 95 %, basic term, R2 of L, a, b"
+    measures = f"within dE {NEAR:.0f}, 95 %, basic term, R2 of L, a, b, how alike the tokens are"
     print(f"{name}, fitted on other hex codes: {measures}")
     for layer, cells in table.items():
         low, high = cells["interval"]
         right = f"{cells['right']:.2f}  {low:.2f} to {high:.2f}"
         R2 = " ".join(f"{value:5.2f}" for value in cells["R2"])
-        print(f"  {layer:10} {right}  {cells['basic term']:.2f}  {R2}")
+        print(f"  {layer:10} {right}  {cells['basic term']:.2f}  {R2}  {cells['alike']:.2f}")
 
 
 # --------------------------------------------------------------------------------------------------

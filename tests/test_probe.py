@@ -31,6 +31,25 @@ def test_the_hex_probe_finds_what_is_there_and_nothing_else(tiny_llm, monkeypatc
     assert all(x > 0.9 for cells in seen.values() for x in cells["R2"])
 
 
+def test_tokens_are_alike_where_they_are_the_same(tiny_llm):
+    llm = tiny_llm("qwen2")
+    llm.keep(range(len(llm.layers)))
+    same = probe.likeness(llm, ["qqqqqq", "qqq"])
+    assert abs(same[0] - 1) < 1e-5, "values do not know where a token stands"
+    caption = "a red circle left of a blue square"
+    context = llm.context([caption])
+    cosines = []
+    for layer in context.values:
+        tokens = layer[0, :, 1 : context.lengths[0]].float().transpose(0, 1).flatten(1)
+        pairs = torch.combinations(torch.arange(len(tokens)))
+        a, b = tokens[pairs[:, 0]], tokens[pairs[:, 1]]
+        cosines.append(torch.cosine_similarity(a, b).mean())
+    assert max(cosines) < 0.99
+    assert torch.allclose(
+        torch.tensor(probe.likeness(llm, [caption])), torch.stack(cosines), atol=1e-5
+    )
+
+
 def test_ridge_finds_a_linear_map():
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(200, 40, generator=generator)
@@ -56,3 +75,5 @@ def test_probe_command(tiny_run, llm_folder, tmp_path, capsys):
     probe.main(["--llm", llm, "--out", str(tmp_path / "alone"), *flags])
     alone = json.loads((tmp_path / "alone" / "probe-hex.json").read_text("utf-8"))
     assert alone["llm"] == llm and set(alone["pretrained"]) == set(alone["random"]) == LAYERS
+    for table in (alone["pretrained"], alone["random"]):
+        assert all(-1 <= cells["alike"] <= 1.0001 for cells in table.values())

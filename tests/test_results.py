@@ -90,12 +90,12 @@ def default_run() -> list[list[str]]:
     return rows
 
 
-MAIN = {  # what the main table says of each suite
-    "geneval": ("mean",),
-    "unseen": ("mean",),
-    "languages": ("mean", "one object", "two objects"),
-    "knowledge": ("mean",),
-    "parrot": ("mean",),
+MAIN = {  # suite -> what is said of it besides its mean
+    "geneval": [],
+    "unseen": [],
+    "languages": ["one object", "two objects"],
+    "knowledge": [],
+    "parrot": [],
 }
 
 
@@ -129,29 +129,68 @@ def costs() -> list[list[str]]:
 
 
 # ------------------------------------------------------------------------------------------------
-# RESULTS: the default run and what the network predicts
+# RESULTS: the default run, its controls, and what the network predicts
 
 
-def default_scores() -> list[list[str]]:
-    last = read("default")["moments"][-1]
+ENGLISH = {  # suite -> its rows in the table of the default run, after its mean
+    "geneval": [
+        "single object",
+        "two objects",
+        "counting",
+        "colors",
+        "position",
+        "color attribution",
+    ],
+    "unseen": ["colors", "position", "color attribution"],
+}
+BEYOND_ENGLISH = {  # the same, of what the LLM may know
+    "languages": ["one object", "two objects"],
+    "colors": [
+        "hex, canonical",
+        "hex, random",
+        "rgb(), canonical",
+        "rgb(), random",
+        "new color words",
+    ],
+    "emoji": ["single", "pair"],
+    "ascii": [],
+    "knowledge": ["culture", "space and time", "nature"],
+    "parrot": [],
+    "position": ["early", "late"],
+}
+
+
+def of_each_kind(suites: dict[str, list[str]], kinds: tuple[str, ...] = KINDS) -> list[list[str]]:
+    """A mean and rows of each suite: the score of each kind of run over its seeds, what would be
+    right by chance of the first kind, and how many pictures a run has drawn."""
     rows = []
-    for suite in ("geneval", "unseen"):
-        rows.append([sure(last[suite]["mean"]), str(last[suite]["mean"]["n"])])
-        for entry in last[suite]["rows"].values():
-            rows.append([sure(entry), str(entry["n"])])
-    return rows
-
-
-def controls() -> list[list[str]]:
-    """The scores of each kind of run over its seeds, and what would be right by chance."""
-    rows = []
-    for suite, names in MAIN.items():
-        summaries = [seeds.summarize(suite, charts.runs_of("main", kind)) for kind in KINDS]
-        for name in names:
-            by_chance = summaries[0][name].get("chance")
+    for suite, names in suites.items():
+        groups = []
+        for kind in kinds:
+            groups.append([run for run in charts.runs_of("main", kind) if suite in run])
+        summaries = [seeds.summarize(suite, runs) for runs in groups]
+        for name in ("mean", *names):
+            if (suite, name) == ("colors", "mean"):  # of what is judged in two ways
+                rows.append([""] * (len(kinds) + 2))
+                continue
+            first = summaries[0][name]
+            by_chance = first.get("chance")
             row = [sure(summary[name]) for summary in summaries]
-            rows.append([*row, "" if by_chance is None else f"{by_chance:.2f}"])
+            row.append("" if by_chance is None else f"{by_chance:.2f}")
+            rows.append([*row, str(first["n"] // len(groups[0]))])
     return rows
+
+
+def english() -> list[list[str]]:
+    return of_each_kind(ENGLISH)
+
+
+def beyond_english() -> list[list[str]]:
+    return of_each_kind(BEYOND_ENGLISH)
+
+
+def second_llm() -> list[list[str]]:
+    return of_each_kind(MAIN, ("smollm2", "smollm2-random"))
 
 
 def differences() -> list[list[str]]:
@@ -162,7 +201,7 @@ def differences() -> list[list[str]]:
         each = seeds.summarize(suite, ours)
         controls = [charts.runs_of("main", kind) for kind in KINDS[1:]]
         paired = [seeds.compare(suite, ours[: len(runs)], runs) for runs in controls]
-        for name in names:
+        for name in ("mean", *names):
             shares = ", ".join(f"{score:.2f}" for score in each[name]["of each run"])
             rows.append([shares, *(apart(difference[name]) for difference in paired)])
     return rows
@@ -230,74 +269,17 @@ def prediction() -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------
 # RESULTS: does the LLM's knowledge reach the picture?
 
-ROWS_SHOWN = {  # suite -> its rows in the table, after its mean
-    "geneval": [
-        "single object",
-        "two objects",
-        "counting",
-        "colors",
-        "position",
-        "color attribution",
-    ],
-    "unseen": ["colors", "position", "color attribution"],
-    "languages": [],
-    "colors": [
-        "hex, canonical",
-        "hex, random",
-        "rgb(), canonical",
-        "rgb(), random",
-        "new color words",
-    ],
-    "emoji": ["single", "pair"],
-    "ascii": [],
-    "knowledge": ["culture", "space and time", "nature"],
-    "parrot": [],
-    "position": ["early", "late"],
-}
-
-
-def both(first: dict, second: dict, show=sure) -> list[str]:
-    return [show(first), show(second), str(first["n"])]
-
-
-def suites() -> list[list[str]]:
-    pretrained = read("pretrained")
-    random = read("random")
-    rows = []
-    for suite, names in ROWS_SHOWN.items():
-        first = pretrained[suite]
-        second = random[suite]
-        if suite == "colors":
-            rows.append(["", "", ""])
-        elif suite == "languages":
-            means = [mean_of_rows({0: languages_of(run)}, True) for run in (pretrained, random)]
-            rows.append(both(*means))
-            for part in ("one object", "two objects"):
-                rows.append(both(first[part], second[part], share))
-        else:
-            rows.append(both(first["mean"], second["mean"]))
-        for name in names:
-            rows.append(both(first["rows"][name], second["rows"][name]))
-    return rows
-
 
 def each_language() -> list[list[str]]:
     """Two languages a line: eleven on the left, eleven on the right."""
-    pretrained = read("pretrained")["languages"]["rows"]
-    random = read("random")["languages"]["rows"]
-    names = list(pretrained)
+    pretrained, random = [
+        seeds.summarize("languages", charts.runs_of("main", kind)) for kind in KINDS[:2]
+    ]
+    names = list(charts.runs_of("main", KINDS[0])[0]["languages"]["rows"])
     rows = []
     for left, right in zip(names[:11], names[11:]):
-        rows.append(
-            [
-                share(pretrained[left]),
-                share(random[left]),
-                "",
-                right,
-                share(pretrained[right]),
-                share(random[right]),
-            ]
-        )
+        row = [share(pretrained[left]), share(random[left]), ""]
+        rows.append([*row, right, share(pretrained[right]), share(random[right])])
     return rows
 
 
@@ -348,23 +330,28 @@ def hex_codes() -> list[list[str]]:
 
 
 def probe() -> list[list[str]]:
-    """Colour / shape right, a mean over the rows of a column, each as often as it has prompts."""
-    results = read("pretrained")
-    table = results["probe"]
+    """Colour / shape right, a mean over the rows of a column, each as often as it has prompts, and
+    over the seeds."""
+    runs = [run for run in charts.runs_of("main", KINDS[0]) if "probe" in run]
+    of_row = {row: tally["n"] for row, tally in runs[0]["colors"]["rows"].items()}
     rows = []
     for layer in ("layer 0", "layer 4", "layer 11", "layer 12", "layer 15", "picture"):
-        cells = table[layer]
+        tables = [run["probe"][layer] for run in runs]
+        codes = []
+        for name in ("hex, canonical", "hex, random"):
+            codes += of_row[name] * [f"colors {name}"]
         columns = [
-            [cells[f"languages {name}"] for name in languages_of(results)],
-            [cells["emoji single"]],
-            [cells["knowledge"]],
-            [cells["colors hex, canonical"]] + 10 * [cells["colors hex, random"]],
-            [cells["colors new color words"]],
+            [f"languages {name}" for name in languages_of(runs[0])],
+            ["emoji single"],
+            ["knowledge"],
+            codes,
+            ["colors new color words"],
         ]
         row = []
         for column in columns:
-            color = sum(pair[0] for pair in column) / len(column)
-            shape = sum(pair[1] for pair in column) / len(column)
+            pairs = [table[name] for table in tables for name in column]
+            color = sum(pair[0] for pair in pairs) / len(pairs)
+            shape = sum(pair[1] for pair in pairs) / len(pairs)
             row.append(f"{color:.2f} / {shape:.2f}")
         rows.append(row)
     return rows
@@ -560,7 +547,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("README.md", "What it shows"): [headline],
     ("README.md", "Your LLM, your pictures, your GPU"): [planned],
     ("RESULTS.md", "What does a run cost?"): [costs],
-    ("RESULTS.md", "What does the default run learn?"): [default_scores, controls, differences],
+    ("RESULTS.md", "What does the default run learn?"): [english, second_llm],
     ("RESULTS.md", "Which U-Net?"): [equal_time, unets, agreement],
     ("RESULTS.md", "What does the sampler decide?"): [samplers],
     ("RESULTS.md", "Should the network predict the clean picture or the velocity?"): [prediction],
@@ -570,7 +557,11 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
         editing,
         objectives,
     ],
-    ("RESULTS.md", "Does the LLM's knowledge reach the picture?"): [suites, each_language],
+    ("RESULTS.md", "Does the LLM's knowledge reach the picture?"): [
+        beyond_english,
+        differences,
+        each_language,
+    ],
     ("RESULTS.md", "Does the LLM not know it, or does the expert not hear it?"): [
         probe,
         of_the_kind,
@@ -650,6 +641,11 @@ def test_the_figures_show_the_scores():
     bars = charts.draw_controls().axes[0].patches
     scores = [entry["score"] for entries in charts.control_scores().values() for entry in entries]
     assert [bar.get_height() for bar in bars] == scores
+    lines = charts.draw_steps().axes[0].containers
+    assert len(lines) == len(charts.TWINS)
+    for drawn, kind in zip(lines, charts.TWINS):
+        scores = charts.step_scores(kind).values()
+        assert list(drawn[0].get_ydata()) == [entry["score"] for entry in scores]
     right, off = charts.draw_hex().axes
     lines = [scores for scores in map(charts.hex_scores, KINDS) if scores]
     assert len(right.containers) == len(lines) > 0
