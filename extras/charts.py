@@ -30,6 +30,7 @@ KINDS = {"pretrained": "pretrained LLM", "random": "random LLM", "dense": "no LL
 BARS = {  # what a group of bars is called -> the suite, and which of its scores
     "English": ("geneval", "mean"),
     "unseen pairs": ("unseen", "mean"),
+    "other sentences": ("position", "mean"),
     "21 languages,\none object": ("languages", "one object"),
     "21 languages,\ntwo objects": ("languages", "two objects"),
     "facts": ("knowledge", "mean"),
