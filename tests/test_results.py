@@ -135,18 +135,7 @@ def costs() -> list[list[str]]:
 # RESULTS: the default run, its controls, and what the network predicts
 
 
-ENGLISH = {  # suite -> its rows in the table of the default run, after its mean
-    "geneval": [
-        "single object",
-        "two objects",
-        "counting",
-        "colors",
-        "position",
-        "color attribution",
-    ],
-    "unseen": ["colors", "position", "color attribution"],
-}
-BEYOND_ENGLISH = {  # the same, of what the LLM may know
+BEYOND_ENGLISH = {  # suite -> what is said of it besides its mean, of what the LLM may know
     "position": ["early", "late"],
     "languages": ["one object", "two objects"],
     "knowledge": ["culture", "space and time", "nature"],
@@ -162,9 +151,7 @@ def of_each_kind(suites: dict[str, list[str]], kinds: tuple[str, ...] = KINDS) -
     right by chance of the first kind, and how many pictures a run has drawn."""
     rows = []
     for suite, names in suites.items():
-        groups = []
-        for kind in kinds:
-            groups.append([run for run in charts.runs_of("main", kind) if suite in run])
+        groups = [charts.runs_of("main", kind) for kind in kinds]
         summaries = [seeds.summarize(suite, runs) for runs in groups]
         for name in ("mean", *names):
             if (suite, name) == ("colors", "mean"):  # of what is judged in two ways
@@ -179,7 +166,8 @@ def of_each_kind(suites: dict[str, list[str]], kinds: tuple[str, ...] = KINDS) -
 
 
 def english() -> list[list[str]]:
-    return of_each_kind(ENGLISH)
+    first = charts.runs_of("main", KINDS[0])[0]
+    return of_each_kind({suite: list(first[suite]["rows"]) for suite in ("geneval", "unseen")})
 
 
 def beyond_english() -> list[list[str]]:
@@ -329,7 +317,7 @@ def hex_codes() -> list[list[str]]:
 def probe() -> list[list[str]]:
     """Colour / shape right, a mean over the rows of a column, each as often as it has prompts, and
     over the seeds."""
-    runs = [run for run in charts.runs_of("main", KINDS[0]) if "probe" in run]
+    runs = charts.runs_of("main", KINDS[0])
     of_row = {row: tally["n"] for row, tally in runs[0]["colors"]["rows"].items()}
     rows = []
     for layer in ("layer 0", "layer 4", "layer 11", "layer 12", "layer 15", "picture"):
