@@ -6,18 +6,7 @@ import json
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
-from test_families import (
-    FAMILIES,
-    LISTED_WITH,
-    MORE,
-    NOT_BUILT,
-    REFUSED,
-    Letters,
-    listed,
-    tiny_model,
-)
 
 import checkpoint
 import train
@@ -439,35 +428,3 @@ def test_nonsense_about_the_mirror_is_refused(llm_folder, tmp_path):
     flags[flags.index("mirror")] = "mirror:init=copy"
     with pytest.raises(ValueError, match="--bridge mirror:init=copy: expected llm or random"):
         train.prepare(*train.settings(flags))
-
-
-@pytest.mark.slow
-def test_families():
-    """Of all families that draw, most can be mirrored; the others are refused in one line.
-    MirrorTower.check asks gradients."""
-    refused = {}
-    for family in FAMILIES:
-        if listed(family, REFUSED) or listed(family, NOT_BUILT):
-            continue
-        llm = FrozenLLM(tiny_model(family, **MORE.get(family, {})), Letters(), family)
-        try:
-            MirrorTower.beside(llm, patch=4, image_size=16)
-        except ValueError as error:
-            assert str(error).startswith("--bridge mirror: ") and "\n" not in str(error)
-            refused[family] = str(error)
-        else:
-            refused[family] = None
-    mirrored = {family for family, error in refused.items() if error is None}
-    print(*(error for error in refused.values() if error), sep="\n")
-    assert len(mirrored) >= 80, sorted(mirrored)
-    if transformers.__version__.startswith(LISTED_WITH):  # what README says
-        assert len(mirrored) == 93
-    known = "llama qwen2 qwen3 gemma2 gemma3 mistral phi3 cohere2 olmo2 smollm3 stablelm granite"
-    assert {*known.split(), "falcon", "gpt2", "gpt_neox", "phi"} <= mirrored
-    whys = {
-        "gpt_neo": "stays causal",
-        "mpt": "padding changes the picture",
-        "jamba": "in every layer",
-    }
-    for family, why in whys.items():
-        assert why in refused[family]

@@ -1,6 +1,7 @@
 """Every causal-LM family that the installed transformers knows, tiny and random: it draws, or is
 refused for a known reason."""
 
+import functools
 import re
 from contextlib import suppress
 
@@ -11,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
 from conftest import random_expert
+from extras.mirror import MirrorTower
 from extras.thinking import Thinking
 from flow import euler_sample, flow_loss
 from inspection import fingerprint
@@ -47,6 +49,7 @@ SIZES = [
     (r".*lora_rank|.*linear.*head_dim|mamba_(d_state|d_head|headdim|head_dim)|ssm_state_size", 16),
     (r"(linear|mamba)_num.*heads|mamba_n_heads", 4),
     (r".*sliding_window", 32),
+    (r"(mamba_)?chunk_size", 8),  # its default pads each text to 256 tokens
     (r"image_size", 28),
 ]
 HYBRID = ["linear_attention", "full_attention"] * 4
@@ -62,6 +65,7 @@ MORE = {  # what the rules above leave at odds
         "topk_group": 1,
         "n_shared_experts": 1,
     },
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
         "num_kv_shared_layers": 3,
         "layer_types": ["sliding_attention", "full_attention"] * 4,
@@ -176,10 +180,15 @@ def listed(family: str, lists: dict[str, str]) -> str | None:
     return next((reason for reason, names in lists.items() if family in names.split()), None)
 
 
+@functools.cache  # to build and to inspect them all takes longer than what is tested
+def llm_of(family: str) -> FrozenLLM:
+    return FrozenLLM(tiny_model(family, **MORE.get(family, {})), Letters(), family)
+
+
 def draws(family: str) -> None:
     """Two steps of training and a drawing; the LLM is what it was; a batch is what its rows are
     alone."""
-    llm = FrozenLLM(tiny_model(family, **MORE.get(family, {})), Letters(), family)
+    llm = llm_of(family)
     before = fingerprint(llm.model)
     expert = random_expert(llm)
     optimizer = torch.optim.SGD(expert.parameters(), lr=1e-3)
@@ -211,7 +220,7 @@ def as_listed(family: str) -> None:
         assert family, "it can be built now: the list is out of date"
     elif reason := listed(family, REFUSED):
         try:
-            FrozenLLM(tiny_model(family, **MORE.get(family, {})), Letters(), family)
+            llm_of(family)
         except ValueError as error:
             assert reason in str(error)
         else:
@@ -246,6 +255,37 @@ def test_at_least_a_hundred_families():
         assert (len(FAMILIES), len(set(FAMILIES) - set(refused))) == (196, 154)
 
 
+@pytest.mark.slow
+def test_which_can_be_mirrored():
+    """Of all families that draw, most can be mirrored; the others are refused in one line.
+    MirrorTower.check asks gradients."""
+    refused = {}
+    for family in FAMILIES:
+        if listed(family, REFUSED) or listed(family, NOT_BUILT):
+            continue
+        try:
+            MirrorTower.beside(llm_of(family), patch=4, image_size=16)
+        except ValueError as error:
+            assert str(error).startswith("--bridge mirror: ") and "\n" not in str(error)
+            refused[family] = str(error)
+        else:
+            refused[family] = None
+    mirrored = {family for family, error in refused.items() if error is None}
+    print(*(error for error in refused.values() if error), sep="\n")
+    assert len(mirrored) >= 80, sorted(mirrored)
+    if transformers.__version__.startswith(LISTED_WITH):  # what README says
+        assert len(mirrored) == 93
+    known = "llama qwen2 qwen3 gemma2 gemma3 mistral phi3 cohere2 olmo2 smollm3 stablelm granite"
+    assert {*known.split(), "falcon", "gpt2", "gpt_neox", "phi"} <= mirrored
+    whys = {
+        "gpt_neo": "stays causal",
+        "mpt": "padding changes the picture",
+        "jamba": "in every layer",
+    }
+    for family, why in whys.items():
+        assert why in refused[family]
+
+
 @pytest.mark.parametrize(
     "family, turning, layout",
     [  # how many dimensions turn in each layer, and the first three
@@ -264,7 +304,7 @@ def test_at_least_a_hundred_families():
 def test_rotary_layouts(family, turning, layout):
     """Halves, pairs, a part of the width, its end, layers without rotation, hybrids, absolute
     positions and ALiBi."""
-    llm = FrozenLLM(tiny_model(family, **MORE.get(family, {})), Letters(), family)
+    llm = llm_of(family)
     assert [2 * len(rotary.frequencies) for rotary in llm.rotary] == turning
     assert llm.rotary[0].order[:3].tolist() == layout
 

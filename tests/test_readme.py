@@ -28,7 +28,7 @@ import model
 import train
 from checkpoint import load_expert
 from conftest import CPU, save_tiny_instruct_llm, save_tiny_llm
-from extras import race, rivals
+from extras import emoji_suites, race, rivals
 from model import ImageExpert
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +47,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "sample.py": "--steps 2",
     "evaluate.py": "--steps 1 --limit 1",
     "extras.emoji": "--steps 1 --limit 1",
-    "extras.probe": "--steps 1 --limit 1",
+    "extras.probe": "--steps 1 --limit 1 --suite knowledge,colors",
     "extras.probe --llm": f"--llm {TINY} --limit 1",
     "extras.race": f"--llm {TINY} --seeds 0 --minutes 0.001 --suite geneval --steps 1 --limit 1 "
     "--batch-size 8 --width 64 --depth 3",
@@ -103,9 +103,10 @@ def run(words: list[str]) -> tuple[int, str, str]:
     return status, out.getvalue(), err.getvalue()
 
 
-def read_llms_once(folder: Path) -> None:
+def share_what_is_slow(folder: Path) -> None:
     """For the process of the commands: the real LLM is read once (and once with random weights), not
-    fifty times. A tower that trains its LLM, or reads hidden states, gets its own."""
+    fifty times, and the judge of emoji is trained once. A tower that trains its LLM, or reads hidden
+    states, gets its own."""
     os.chdir(folder)
     rivals.HEADS = {"tiny": (4, 2, 16)}  # the real ones take a core 20 seconds
     read = loading.load_llm
@@ -126,6 +127,17 @@ def read_llms_once(folder: Path) -> None:
             module.load_llm = load_llm
     assert assemble.load_llm is load_llm
 
+    train_judge = emoji_suites.learned_features
+    judges = {}
+
+    def learned_features(glyphs):
+        key = glyphs.tobytes()
+        if key not in judges:
+            judges[key] = train_judge(glyphs)
+        return judges[key]
+
+    emoji_suites.learned_features = learned_features
+
 
 @pytest.fixture(scope="module")
 def terminal(workplace):
@@ -136,7 +148,7 @@ def terminal(workplace):
         # before the process starts: the library reads them once
         patch.setenv("HF_HUB_CACHE", str(workplace / "hub"))
         patch.setenv("HF_HUB_OFFLINE", "1")
-        pool.submit(read_llms_once, workplace).result()
+        pool.submit(share_what_is_slow, workplace).result()
         yield lambda words: pool.submit(run, words).result(timeout=300)
 
 
