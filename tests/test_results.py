@@ -299,6 +299,26 @@ def of_the_kind() -> list[list[str]]:
     return rows
 
 
+def language_trials() -> list[list[str]]:
+    """What was tried for other languages: single objects right, and what the others got wrong."""
+    rows = []
+    for trial in read("language-trials")["trials"]:
+        one = trial["languages"]["one object"]
+        wrong = one["wrong"]
+        rows.append([sure(one), str(wrong["wrong shape"]), str(wrong["wrong color"])])
+    return rows
+
+
+def language_probes() -> list[list[str]]:
+    """Colour and shape both right in layer 11, in 12, and in 10 to 12 side by side."""
+    found = read("language-trials")["probes"]
+    rows = []
+    for table in (found["rows"], found["frames"]["rows"]):
+        for layers in table.values():
+            rows.append([f"{both:.2f}" for _, _, both in layers])
+    return rows
+
+
 def hex_codes() -> list[list[str]]:
     """How many codes never shown are right, how far off each seed's are, and what becomes of other
     languages."""
@@ -551,6 +571,8 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
         probe,
         of_the_kind,
         in_words,
+        language_trials,
+        language_probes,
     ],
     ("RESULTS.md", "How many hex codes must training show?"): [hex_codes],
     ("RESULTS.md", "Does it hold for real pictures?"): [emoji],
