@@ -178,6 +178,10 @@ def second_llm() -> list[list[str]]:
     return of_each_kind(MAIN, ("smollm2", "smollm2-random"))
 
 
+def long_run() -> list[list[str]]:
+    return of_each_kind(MAIN, ("long", "pretrained"))
+
+
 def differences() -> list[list[str]]:
     """Each seed, and what sets the pretrained runs apart from the same seeds of each control."""
     rows = []
@@ -552,7 +556,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("README.md", "What it shows"): [headline],
     ("README.md", "Your LLM, your pictures, your GPU"): [planned],
     ("RESULTS.md", "What does a run cost?"): [costs],
-    ("RESULTS.md", "What does the default run learn?"): [english, second_llm],
+    ("RESULTS.md", "What does the default run learn?"): [english, long_run, second_llm],
     ("RESULTS.md", "Which U-Net?"): [equal_time, unets, agreement],
     ("RESULTS.md", "What does the sampler decide?"): [samplers],
     ("RESULTS.md", "Should the network predict the clean picture or the velocity?"): [prediction],
