@@ -255,7 +255,6 @@ def test_at_least_a_hundred_families():
         assert (len(FAMILIES), len(set(FAMILIES) - set(refused))) == (196, 154)
 
 
-@pytest.mark.slow
 def test_which_can_be_mirrored():
     """Of all families that draw, most can be mirrored; the others are refused in one line.
     MirrorTower.check asks gradients."""

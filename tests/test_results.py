@@ -179,7 +179,17 @@ def second_llm() -> list[list[str]]:
 
 
 def long_run() -> list[list[str]]:
-    return of_each_kind(MAIN, ("long", "pretrained"))
+    """Twice the steps, the same seed of the default run, and what sets them apart."""
+    long = charts.runs_of("main", "long")
+    default = charts.runs_of("main", KINDS[0])[: len(long)]
+    rows = []
+    for suite, names in MAIN.items():
+        first = seeds.summarize(suite, long)
+        second = seeds.summarize(suite, default)
+        paired = seeds.compare(suite, long, default)
+        for name in ("mean", *names):
+            rows.append([sure(first[name]), sure(second[name]), apart(paired[name])])
+    return rows
 
 
 def differences() -> list[list[str]]:
@@ -304,12 +314,17 @@ def of_the_kind() -> list[list[str]]:
 
 
 def language_trials() -> list[list[str]]:
-    """What was tried for other languages: single objects right, and what the others got wrong."""
+    """What was tried for other languages, and what sets it apart from the first, without it; and
+    what the other pictures have wrong."""
+    trials = read("language-trials")["trials"]
     rows = []
-    for trial in read("language-trials")["trials"]:
+    for trial in trials:
         one = trial["languages"]["one object"]
-        wrong = one["wrong"]
-        rows.append([sure(one), str(wrong["wrong shape"]), str(wrong["wrong color"])])
+        difference = ""
+        if trial is not trials[0]:
+            difference = apart(seeds.compare("languages", [trial], trials[:1])["mean"])
+        wrong = [str(one["wrong"][why]) for why in ("wrong shape", "wrong color")]
+        rows.append([sure(one), difference, *wrong])
     return rows
 
 
