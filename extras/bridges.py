@@ -33,7 +33,8 @@ from model import ImageExpert, default_heads
 class KeyValueFusion(ImageExpert):
     """Key-value fusion (UniFusion, section 2.1, after Playground v3): as many layers and heads as
     the LLM has, and its keys and values as they are: turned to where the words stand, beside image
-    keys that have no norm and no rotation.
+    keys that have no norm and no rotation. kv:as-mot instead has the layers, width and heads of
+    `mot`: then nothing else sets the two apart.
 
     Deviation: the tower's own width need not be the LLM's, since nothing but keys and values
     passes.
@@ -59,7 +60,7 @@ OPTIONS = {  # name -> its own options, as in lap:stride=1
     "mot": (),
     "dense": (),
     "last": ("state=",),
-    "kv": (),
+    "kv": ("as-mot",),
     "hsi": (),
     "lap": ("stride=", "no-refiner", "per-layer"),
     "metaqueries": ("queries=",),
@@ -130,7 +131,8 @@ def build(
 
     # what the bridge has of its own
     if name == "kv":
-        return of_size(name, wanted, shape | shape_of_kv(llm, width, depth))
+        own = {} if switch("kv", options, "as_mot") else shape_of_kv(llm, width, depth)
+        return of_size(name, wanted, shape | own)
     shape["text_width"] = llm.hidden_widths[-1]
     shape |= shape_of_text(name, options, llm, depth)
     if shape.get("per_layer"):  # so many poolings are more than all of mot: they come on top

@@ -13,7 +13,7 @@ from extras.suites import Prompt, read_suite
 from extras.tables import LEFT_OUT, signed
 
 ON_THE_WAY = {"geneval": 8, "languages": 4}  # suites of the curves, and prompts of each row
-CONTROL = "dense"  # hears nothing of the LLM: the others are compared with it
+CONTROL = "dense"  # the bridge that hears nothing of the LLM: the others are compared with it
 
 
 def race_table(logs: list[dict], speeds: dict[str, list[float]]) -> dict:
@@ -55,10 +55,13 @@ def race_table(logs: list[dict], speeds: dict[str, list[float]]) -> dict:
 
 def suite_scores(racer: str, suite: str, logs: list[dict]) -> dict:
     """The rows of a suite and their mean over all seeds, with an interval, the mean of each seed,
-    and the difference to the CONTROL. -> JSON"""
+    and the difference to the first racer of the CONTROL's bridge, whatever its flags. -> JSON"""
     drawn = suite in LEFT_OUT
     runs = runs_of(racer, suite, logs)
-    control = {} if racer == CONTROL else runs_of(CONTROL, suite, logs)
+    control = {}
+    if not is_control(racer):
+        controls = [log["racer"] for log in logs if is_control(log["racer"])]
+        control = runs_of(controls[0], suite, logs) if controls else {}
     mine = [log for log in logs if log["racer"] == racer]
     rows = {}
     for row in mine[0]["suites"][suite]["rows"]:
@@ -69,6 +72,10 @@ def suite_scores(racer: str, suite: str, logs: list[dict]) -> dict:
     scores["minus control"] = difference(runs, control, drawn)
     scores["rows"] = rows
     return scores
+
+
+def is_control(racer: str) -> bool:
+    return racer.split(":")[0] == CONTROL
 
 
 def runs_of(racer: str, suite: str, logs: list[dict]) -> dict[int, dict[str, dict]]:

@@ -325,6 +325,10 @@ def test_options_of_the_bridges(tiny_llm):
     assert (len(kv.blocks), kv.blocks[0].heads) == (6, 4)
     kv.attach(llm)
     assert llm.turned is False
+    like, mot = built("kv:as-mot", llm), built("mot", llm)
+    shape = {name: value for name, value in mot.config.items() if name != "intermediate"}
+    assert {name: like.config[name] for name in shape} == shape
+    assert like.qk_norm is False and mot.qk_norm is True
     per_layer = bridge("lap:per-layer:no-refiner:stride=6", llm)
     assert len(per_layer.pools) == 6
     context = llm.context(CAPTIONS)

@@ -11,7 +11,7 @@ import checkpoint
 import evaluate
 import train
 from extras import race
-from extras.race_table import race_table
+from extras.race_table import race_table, suite_scores
 
 RESULTS = Path(__file__).parent.parent / "assets" / "results"
 
@@ -110,3 +110,14 @@ def test_the_committed_tables_are_those_of_the_committed_runs(name):
     assert list(again) == list(committed)
     for racer, line in committed.items():
         assert again[racer] == line, f"{racer}: table.json is not what its runs give"
+
+
+def test_the_control_may_have_flags_of_its_own():
+    logs = []
+    for name in ("mot-seed0", "dense-seed0"):
+        logs.append(json.loads((RESULTS / "race" / name / "race.json").read_text("utf-8")))
+    found = suite_scores("mot", "languages", logs)["minus control"]
+    logs[1]["racer"] = "dense:lr=0.004"
+    assert found["score"] > 0 and suite_scores("mot", "languages", logs)["minus control"] == found
+    assert suite_scores("dense:lr=0.004", "languages", logs)["minus control"] is None
+    assert suite_scores("mot", "languages", logs[:1])["minus control"] is None
