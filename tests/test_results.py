@@ -132,7 +132,48 @@ def costs() -> list[list[str]]:
 
 
 # ------------------------------------------------------------------------------------------------
-# RESULTS: the default run, its controls, and what the network predicts
+# RESULTS: in short, the default run, its controls, and what the network predicts
+
+IN_SHORT = {  # suite, row -> a column of the probe's table, and which of its layers
+    ("geneval", "mean"): None,
+    ("position", "mean"): None,
+    ("languages", "one object"): ("21 languages", "layer 11"),
+    ("languages", "two objects"): None,
+    ("knowledge", "mean"): ("knowledge", "layer 15"),
+    ("colors", "hex, random"): ("hex", None),
+    ("colors", "new color words"): ("new color words", "layer 4"),
+    ("emoji", "mean"): ("emoji", None),
+    ("ascii", "mean"): None,
+    ("parrot", "mean"): None,
+}
+
+
+def in_short() -> list[list[str]]:
+    """What a probe reads of the LLM, colour / shape, and what the pictures have of it; then the
+    pictures that are right, of each kind of run."""
+    summaries = {}
+    rows = []
+    for (suite, name), found in IN_SHORT.items():
+        row = ["", ""]
+        if found:
+            column, place = found
+            row = [in_the_llm(column, place), probed()["picture"][column]]
+        for kind in KINDS:
+            if (suite, kind) not in summaries:
+                summaries[suite, kind] = seeds.summarize(suite, charts.runs_of("main", kind))
+            row.append(sure(summaries[suite, kind][name]))
+        rows.append(row)
+    return rows
+
+
+def in_the_llm(column: str, place: str | None) -> str:
+    """An entry in the table of the probe; no layer: what it read after others of the kind."""
+    if column == "hex":
+        return f"{read('probe-hex')['pretrained']['layer 4']['right']:.2f}"
+    if place:
+        return probed()[place][column]
+    scores = read("probe-kinds")["pretrained"][column][kinds.WAYS[1]]
+    return f"{share(scores['color'])} / {share(scores['shape'])}"
 
 
 BEYOND_ENGLISH = {  # suite -> what is said of it besides its mean, of what the LLM may know
@@ -354,31 +395,34 @@ def hex_codes() -> list[list[str]]:
 
 
 def probe() -> list[list[str]]:
-    """Colour / shape right, a mean over the rows of a column, each as often as it has prompts, and
-    over the seeds."""
+    return [list(columns.values()) for columns in probed().values()]
+
+
+def probed() -> dict[str, dict[str, str]]:
+    """Layer, and the picture -> column -> colour / shape right: a mean over the rows of a column,
+    each as often as it has prompts, and over the seeds."""
     runs = charts.runs_of("main", KINDS[0])
     of_row = {row: tally["n"] for row, tally in runs[0]["colors"]["rows"].items()}
-    rows = []
+    codes = []
+    for name in ("hex, canonical", "hex, random"):
+        codes += of_row[name] * [f"colors {name}"]
+    columns = {
+        "21 languages": [f"languages {name}" for name in languages_of(runs[0])],
+        "emoji": ["emoji single"],
+        "knowledge": ["knowledge"],
+        "hex": codes,
+        "new color words": ["colors new color words"],
+    }
+    found = {}
     for layer in ("layer 0", "layer 4", "layer 11", "layer 12", "layer 15", "picture"):
         tables = [run["probe"][layer] for run in runs]
-        codes = []
-        for name in ("hex, canonical", "hex, random"):
-            codes += of_row[name] * [f"colors {name}"]
-        columns = [
-            [f"languages {name}" for name in languages_of(runs[0])],
-            ["emoji single"],
-            ["knowledge"],
-            codes,
-            ["colors new color words"],
-        ]
-        row = []
-        for column in columns:
-            pairs = [table[name] for table in tables for name in column]
+        found[layer] = {}
+        for column, names in columns.items():
+            pairs = [table[name] for table in tables for name in names]
             color = sum(pair[0] for pair in pairs) / len(pairs)
             shape = sum(pair[1] for pair in pairs) / len(pairs)
-            row.append(f"{color:.2f} / {shape:.2f}")
-        rows.append(row)
-    return rows
+            found[layer][column] = f"{color:.2f} / {shape:.2f}"
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -570,6 +614,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("README.md", "Is my run right?"): [default_run],
     ("README.md", "What it shows"): [headline],
     ("README.md", "Your LLM, your pictures, your GPU"): [planned],
+    ("RESULTS.md", "In short"): [in_short],
     ("RESULTS.md", "What does a run cost?"): [costs],
     ("RESULTS.md", "What does the default run learn?"): [english, long_run, second_llm],
     ("RESULTS.md", "Which U-Net?"): [equal_time, unets, agreement],
@@ -650,8 +695,8 @@ def test_every_number_of_a_table_is_in_a_json(place):
         expected = write()
         assert len(table.rows) == len(expected), f"{place}: {write.__name__}"
         for row, cells in zip(table.rows, expected):
-            assert len(cells) >= len(row) - 1
-            shown = row[-len(cells) :]
+            words, shown = row[1 : -len(cells)], row[-len(cells) :]
+            assert not re.search(r"\d", " ".join(words)), f"{place}, {row[0]}: from no JSON"
             assert shown == cells, f"{place}, {row[0]}: the JSON says {' | '.join(cells)}"
 
 
