@@ -14,7 +14,7 @@ from extras.joint import joint_fast, joint_forward
 
 @pytest.mark.slow
 def test_every_section_runs(llm_folder, tmp_path, monkeypatch, capsys):
-    small = ["--width=32", "--depth=2", "--batch-size=8"]  # flags of train.py
+    small = ["--width=32", "--depth=2", "--batch-size=8", "--image-size=16"]  # flags of train.py
     flags = ["--llm", str(llm_folder("qwen2")), "--seconds", "0.001", "--device", "cpu"]
     monkeypatch.setattr(rivals, "HEADS", {"tiny": (4, 2, 16)})
     monkeypatch.setattr(

@@ -55,7 +55,8 @@ SHORT = {  # flags that make a command short; given last, they win
     "extras.agreement": "--n 2",
     "extras.shapes_folder": "--codes 1",
     "extras.kinds": f"--llm {TINY} --limit 2",
-    "extras.bench": f"--llm {TINY} --seconds 0.001 --batch-size=8 --width=32 --depth=2",
+    "extras.bench": f"--llm {TINY} --seconds 0.001 --batch-size=8 --width=32 --depth=2 "
+    "--image-size=16",
 }
 RACER = "kv"  # runs alone, in place of all those that are named
 
