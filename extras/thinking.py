@@ -94,12 +94,10 @@ class Thinking:
         rows = self.write([caption for caption in captions if caption])
         readings = []
         for caption in captions:
-            if not caption:
-                readings.append(read_inside(self, caption))
-            elif self.show == "reencode":
-                readings.append(read_inside(self, self.written[caption] or caption))
-            else:
+            if caption in rows:
                 readings.append(rows[caption])
+            else:  # to be read again, or nothing was there to write about
+                readings.append(read_inside(self, self.written.get(caption) or caption))
         return readings
 
     def write(self, captions: list[str]) -> dict[str, Tensor]:
@@ -117,7 +115,8 @@ class Thinking:
                     f"a prompt of {len(ids)} tokens with its frame leaves {llm.name} no room to "
                     "think"
                 )
-            groups.setdefault((self.shared(ids), len(ids)), []).append((caption, ids))
+            if ids:  # none: a frame of {} alone, before an LLM without BOS
+                groups.setdefault((self.shared(ids), len(ids)), []).append((caption, ids))
         rows = {}
         for (shared, _), group in sorted(groups.items()):
             for start in range(0, len(group), SIDE_BY_SIDE):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers.normalizers import Strip
 
 import assemble
 import checkpoint
@@ -120,6 +121,16 @@ def test_any_of_several_ends_is_one(tiny_llm):
     end = wrote.index(wrote[1])  # the first of its kind
     shown = llm.reader.shown["a red circle"]
     assert shown[len(ids) - len(llm.reader.beginning) :] == wrote[:end]
+
+
+@pytest.mark.parametrize("show", ["all", "written", "reencode"])
+def test_a_caption_of_no_tokens_gives_nothing_to_write_about(show, tiny_llm):
+    llm = tiny_llm("qwen2")  # no BOS
+    llm.tokenizer.backend_tokenizer.normalizer = Strip()
+    empty = llm.lookup([""])[""]
+    llm.reader = Thinking(llm, "{}", 4, show)
+    rows = llm.lookup([" ", "a red circle"])
+    assert len(empty) == 0 and torch.equal(rows[" "], empty) and len(rows["a red circle"])
 
 
 def test_what_is_kept_may_change_after_the_reader_is_set(tiny_llm):
