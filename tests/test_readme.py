@@ -53,7 +53,8 @@ SHORT = {  # flags that make a command short; given last, they win
     "--batch-size 8 --width 64 --depth 3",
     "extras.answers": "--limit 1 --frame frame.txt",
     "extras.agreement": "--n 2",
-    "extras.shapes_folder": "--codes 1",
+    "extras.shapes_folder --codes": "--codes 1",
+    "extras.shapes_folder --captions": "--captions 16",
     "extras.kinds": f"--llm {TINY} --limit 2",
     "extras.bench": f"--llm {TINY} --seconds 0.001 --batch-size=8 --width=32 --depth=2 "
     "--image-size=16",
@@ -158,7 +159,7 @@ def shortened(command: str) -> list[str]:
     words = shlex.split(command)[1:]
     name = words[1] if words[0] == "-m" else words[0]
     key = name
-    for flag in ("--patcher", "--resume", "--bridge", "--llm"):
+    for flag in ("--patcher", "--resume", "--bridge", "--llm", "--codes", "--captions"):
         if flag in words and f"{name} {flag}" in SHORT:
             key = f"{name} {flag}"
     if key == "train.py --patcher":

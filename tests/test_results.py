@@ -220,14 +220,29 @@ def second_llm() -> list[list[str]]:
 
 
 def long_run() -> list[list[str]]:
-    """Twice the steps, the same seed of the default run, and what sets them apart."""
-    long = charts.runs_of("main", "long")
-    default = charts.runs_of("main", KINDS[0])[: len(long)]
+    return beside_the_default("long")
+
+
+def rewritten() -> list[list[str]]:
+    """The half to report, and of two suites the other, by which the frame was chosen."""
+    halves = [charts.runs_of("thinking", f"{kind}-choose") for kind in ("rewritten", "default")]
+    some = {suite: MAIN[suite] for suite in ("languages", "knowledge")}
+    return beside_the_default("rewritten") + beside(*halves, some)
+
+
+def beside_the_default(kind: str) -> list[list[str]]:
+    """Runs of a kind, and the same seeds of the default run."""
+    runs = charts.runs_of("main", kind)
+    return beside(runs, charts.runs_of("main", KINDS[0])[: len(runs)], MAIN)
+
+
+def beside(runs: list[dict], others: list[dict], suites: dict[str, list[str]]) -> list[list[str]]:
+    """What both have right, and what sets them apart."""
     rows = []
-    for suite, names in MAIN.items():
-        first = seeds.summarize(suite, long)
-        second = seeds.summarize(suite, default)
-        paired = seeds.compare(suite, long, default)
+    for suite, names in suites.items():
+        first = seeds.summarize(suite, runs)
+        second = seeds.summarize(suite, others)
+        paired = seeds.compare(suite, runs, others)
         for name in ("mean", *names):
             rows.append([sure(first[name]), sure(second[name]), apart(paired[name])])
     return rows
@@ -577,17 +592,24 @@ def race_layers() -> list[list[str]]:
 # RESULTS: thinking first, speed
 
 
+THINKING = ("plain", "plain-reencode", "rewrite", "think")  # trained, and drawn if otherwise
+ONE_OBJECT = (  # what a tower that has learned single objects is asked
+    ("geneval", "colors"),
+    ("languages", "one object"),
+    ("knowledge", "mean"),
+    ("position", "mean"),
+    ("emoji", "mean"),
+    ("parrot", "mean"),
+)
+
+
 def thinking() -> list[list[str]]:
+    """Of towers that were trained on bare captions and on what the LLM writes about each."""
     rows = []
-    for suite in read("thinking")["rows"].values():
-        row = []
-        for way in ("as it is", "think:40", "rewrite", "rewrite:reencode"):
-            entry = suite.get(way)
-            if entry is None:
-                row.append("")
-            else:
-                row.append(sure(entry) if "interval" in entry else share(entry))
-        rows.append([*row, str(suite["n"])])
+    for suite, name in ONE_OBJECT:
+        found = [seeds.summarize(suite, charts.runs_of("thinking", kind)) for kind in THINKING]
+        row = [sure(summary[name]) for summary in found]
+        rows.append([*row, str(found[0][name]["n"])])
     return rows
 
 
@@ -644,7 +666,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("RESULTS.md", "Is a copy of the LLM a better expert?"): [mirror],
     ("RESULTS.md", "Which bridge carries other languages?"): [race],
     ("RESULTS.md", "Is it the bridge or the layer?"): [race_layers],
-    ("RESULTS.md", "Does it help to think first?"): [thinking],
+    ("RESULTS.md", "Does it help to think first?"): [rewritten, thinking],
     ("RESULTS.md", "What does the cache save?"): [speed],
 }
 
