@@ -7,6 +7,7 @@ is a name; the document must say the same. A table with numbers and no such func
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,12 @@ def rank(entry: dict, median: bool = True) -> str:
     if median:
         text += f", {entry['median rank']['score']:.0f}"
     return text
+
+
+@cache
+def summary(suite: str, folder: str, kind: str) -> dict[str, dict]:
+    """Of the runs of a kind; several tables say it."""
+    return seeds.summarize(suite, charts.runs_of(folder, kind))
 
 
 def languages_of(results: dict) -> dict[str, dict]:
@@ -107,7 +114,7 @@ def headline() -> list[list[str]]:
             continue
         row = []
         for kind in KINDS:
-            row.append(sure(seeds.summarize(suite, charts.runs_of("main", kind))["mean"]))
+            row.append(sure(summary(suite, "main", kind)["mean"]))
         rows.append(row)
     rows.insert(3, [sure(emoji_found("emoji")), sure(emoji_found("emoji-random-llm")), ""])
     return rows
@@ -151,7 +158,6 @@ IN_SHORT = {  # suite, row -> a column of the probe's table, and which of its la
 def in_short() -> list[list[str]]:
     """What a probe reads of the LLM, colour / shape, and what the pictures have of it; then the
     pictures that are right, of each kind of run."""
-    summaries = {}
     rows = []
     for (suite, name), found in IN_SHORT.items():
         row = ["", ""]
@@ -159,9 +165,7 @@ def in_short() -> list[list[str]]:
             column, place = found
             row = [in_the_llm(column, place), probed()["picture"][column]]
         for kind in KINDS:
-            if (suite, kind) not in summaries:
-                summaries[suite, kind] = seeds.summarize(suite, charts.runs_of("main", kind))
-            row.append(sure(summaries[suite, kind][name]))
+            row.append(sure(summary(suite, "main", kind)[name]))
         rows.append(row)
     return rows
 
@@ -193,7 +197,7 @@ def of_each_kind(suites: dict[str, list[str]], kinds: tuple[str, ...] = KINDS) -
     rows = []
     for suite, names in suites.items():
         groups = [charts.runs_of("main", kind) for kind in kinds]
-        summaries = [seeds.summarize(suite, runs) for runs in groups]
+        summaries = [summary(suite, "main", kind) for kind in kinds]
         for name in ("mean", *names):
             if (suite, name) == ("colors", "mean"):  # of what is judged in two ways
                 rows.append([""] * (len(kinds) + 2))
@@ -607,7 +611,7 @@ def thinking() -> list[list[str]]:
     """Of towers that were trained on bare captions and on what the LLM writes about each."""
     rows = []
     for suite, name in ONE_OBJECT:
-        found = [seeds.summarize(suite, charts.runs_of("thinking", kind)) for kind in THINKING]
+        found = [summary(suite, "thinking", kind) for kind in THINKING]
         row = [sure(summary[name]) for summary in found]
         rows.append([*row, str(found[0][name]["n"])])
     return rows
