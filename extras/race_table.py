@@ -1,7 +1,6 @@
 """What comes of a race: its table, its curves, its picture."""
 
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 from PIL import Image
@@ -20,18 +19,13 @@ def race_table(logs: list[dict], speeds: dict[str, list[float]]) -> dict:
     """racer -> parameters, images per second, the LLM's share; its scores; its curves, against
     images, and minutes at that speed. logs: a run each. -> JSON
 
-    speeds: steps a second, pictures a step, the LLM's share of the time. A speed of old has no
-    share: then it is the median of the run's legs, which leaves out what a tower runs through the
-    LLM itself.
+    speeds: steps a second, pictures a step, the LLM's share of the time.
     """
     table = {}
     for racer in dict.fromkeys(log["racer"] for log in logs):
         mine = [log for log in logs if log["racer"] == racer]
-        steps_per_second, batch_size, *share = speeds[racer]
+        steps_per_second, batch_size, llm_share = speeds[racer]
         rate = steps_per_second * batch_size
-        points = [point for log in mine for point in log["curve"]]
-        if not share:
-            share = [median(point["llm_share"] for point in points)]
         curves = []
         for log in mine:
             curve = []
@@ -43,9 +37,9 @@ def race_table(logs: list[dict], speeds: dict[str, list[float]]) -> dict:
             suites[suite] = suite_scores(racer, suite, logs)
         table[racer] = {
             "parameters": mine[0]["parameters"],
-            "images": points[-1]["images"],
+            "images": mine[0]["curve"][-1]["images"],
             "images/s": rate,
-            "llm_share": share[0],
+            "llm_share": llm_share,
             "seeds": [log["seed"] for log in mine],
             "suites": suites,
             "curves": curves,
@@ -92,7 +86,7 @@ def runs_of(racer: str, suite: str, logs: list[dict]) -> dict[int, dict[str, dic
 
 def print_race(table: dict) -> None:
     suites = list(next(iter(table.values()))["suites"])
-    heads = "".join(f"{suite:>20}" for suite in suites)
+    heads = "".join(f"{suite:>22}" for suite in suites)
     print(f"{'':22}{'parameters':>11}{'images/s':>10}{'LLM':>6}  {heads}")
     for racer, line in table.items():
         cells = ""
@@ -100,9 +94,9 @@ def print_race(table: dict) -> None:
         for scores in line["suites"].values():
             low, high = scores["interval"]
             cell = f"{scores['score']:5.2f} {low:.2f} to {high:.2f}"
-            cells += f"{cell:>20}"
+            cells += f"{cell:>22}"
             paired = scores["minus control"]
-            against += f"{signed(paired) if paired else '':>20}"
+            against += f"{signed(paired) if paired else '':>22}"
         rate = f"{line['images/s']:10.0f}{line['llm_share']:6.0%}"
         print(f"{racer:22}{line['parameters']:>11,}{rate}  {cells}")
         if against.strip():

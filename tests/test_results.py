@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from extras import charts, kinds, seeds
-from extras.intervals import mean_of_rows
+from extras.intervals import difference, mean_of_rows
+from extras.race_table import runs_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "assets" / "results"
@@ -547,7 +548,45 @@ def separation() -> list[list[str]]:
     return rows
 
 
-RACERS = ("kv", "mot", "hsi", "lap", "last", "metaqueries:queries=16", "dense")
+RATES = ("0.001", "0.002", "0.004", "0.008")  # of learning; the second is train.py's own
+BRIDGES = ("mot", "last:state=6", "last", "hsi", "lap", "kv", "metaqueries:queries=16", "dense")
+RACERS = (  # each with its own learning rate
+    "kv:as-mot",
+    "last:state=6:lr=0.004",
+    "mot",
+    "hsi:lr=0.004",
+    "lap",
+    "last",
+    "dense",
+)
+PAIRS = (  # of which the first of each was asked whether it is better
+    ("kv:as-mot", "mot"),
+    ("last:state=6:lr=0.004", "last"),
+    ("last:state=6:lr=0.004", "mot"),
+    ("last:state=6:lr=0.004", "hsi:lr=0.004"),
+)
+
+
+@cache
+def raced(folder: str) -> list[dict]:
+    """What every run of a race left, of which each picture's verdict is known."""
+    return [json.loads(path.read_text("utf-8")) for path in (RESULTS / folder).glob("*/race.json")]
+
+
+def race_chosen() -> list[list[str]]:
+    runs = {log["racer"]: log["suites"] for log in raced("race-chosen")}
+    rows = []
+    for bridge in BRIDGES:
+        row = []
+        for rate in RATES:
+            name = bridge if rate == RATES[1] else f"{bridge}:lr={rate}"
+            cell = ""
+            if name in runs:
+                mean = mean_of_rows({0: languages_of(runs[name])}, rows_are_drawn=True)
+                cell = f"{share(mean)} ({share(runs[name]['geneval']['rows']['colors'])})"
+            row.append(cell)
+        rows.append(row)
+    return rows
 
 
 def race() -> list[list[str]]:
@@ -557,15 +596,13 @@ def race() -> list[list[str]]:
         racer = table[name]
         languages = racer["suites"]["languages"]
         position = racer["suites"]["position"]["rows"]
-        three = [share(languages["rows"][row]) for row in ("Italian", "Chinese", "Hindi")]
         paired = languages["minus control"]
         rows.append(
             [
                 sure(racer["suites"]["geneval"]["rows"]["colors"]),
                 sure(languages),
                 ", ".join(f"{seed:.2f}" for seed in languages["seeds"]),
-                sure(paired) if paired else "",
-                ", ".join(three),
+                apart(paired) if paired else "",
                 sure(racer["suites"]["knowledge"]),
                 f"{share(position['early'])}, {share(position['late'])}",
                 f"{racer['images/s']:.0f}",
@@ -574,22 +611,16 @@ def race() -> list[list[str]]:
     return rows
 
 
-def race_layers() -> list[list[str]]:
-    table = read("race-layers/table")
-    logs = {name: racer["suites"] for name, racer in table.items()}
-    logs["last"] = read("race/last-seed0/race")["suites"]  # of the great race
-    thirds = (
-        ["mot:layers=0-5", "mot:layers=6-11", "mot:layers=12-17"],
-        ["last:state=6", "last:state=12", "last"],
-    )
-    rows = []
-    for names in thirds:
-        row = []
-        for name in names:
-            mean = mean_of_rows({0: languages_of(logs[name])}, rows_are_drawn=True)
-            row.append(f"{sure(mean)} ({share(logs[name]['geneval']['rows']['colors'])})")
-        rows.append(row)
-    return rows
+def race_pairs() -> list[list[str]]:
+    found = []
+    for pair in PAIRS:
+        languages = [runs_of(racer, "languages", raced("race")) for racer in pair]
+        english = []
+        for racer in pair:
+            runs = runs_of(racer, "geneval", raced("race"))
+            english.append({seed: {"colors": rows["colors"]} for seed, rows in runs.items()})
+        found.append([apart(difference(*languages, True)), apart(difference(*english))])
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -668,8 +699,8 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("RESULTS.md", "Does it hold for real pictures?"): [emoji],
     ("RESULTS.md", "Which layers know a name?"): [emoji_layers, emoji_probe],
     ("RESULTS.md", "Is a copy of the LLM a better expert?"): [mirror],
-    ("RESULTS.md", "Which bridge carries other languages?"): [race],
-    ("RESULTS.md", "Is it the bridge or the layer?"): [race_layers],
+    ("RESULTS.md", "Which bridge carries other languages?"): [race_chosen, race],
+    ("RESULTS.md", "Is it the bridge or the layer?"): [race_pairs],
     ("RESULTS.md", "Does it help to think first?"): [rewritten, thinking],
     ("RESULTS.md", "What does the cache save?"): [speed],
 }
