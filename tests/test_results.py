@@ -570,7 +570,8 @@ PAIRS = (  # of which the first of each was asked whether it is better
 @cache
 def raced(folder: str) -> list[dict]:
     """What every run of a race left, of which each picture's verdict is known."""
-    return [json.loads(path.read_text("utf-8")) for path in (RESULTS / folder).glob("*/race.json")]
+    paths = sorted((RESULTS / folder).glob("*/race.json"))  # intervals are drawn in their order
+    return [json.loads(path.read_text("utf-8")) for path in paths]
 
 
 def race_chosen() -> list[list[str]]:
@@ -643,7 +644,7 @@ def thinking() -> list[list[str]]:
     rows = []
     for suite, name in ONE_OBJECT:
         found = [summary(suite, "thinking", kind) for kind in THINKING]
-        row = [sure(summary[name]) for summary in found]
+        row = [sure(entries[name]) for entries in found]
         rows.append([*row, str(found[0][name]["n"])])
     return rows
 
