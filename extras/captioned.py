@@ -7,6 +7,7 @@ side: evaluate.py --suite held-out says how well a run does there.
 
 import hashlib
 import warnings
+from collections.abc import Iterator
 from functools import lru_cache
 from threading import Lock
 
@@ -86,6 +87,14 @@ class Captioned:
                         warnings.warn(said, stacklevel=2)
                     self.skipped.add(pair[0])
         raise ValueError(f"none of the {len(self.pairs)} pictures of {self.about()} decodes")
+
+    def unseen(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The captions and pictures that are held out, those that decode."""
+        for picture, caption in self.held_out:
+            try:
+                yield caption, self.picture(picture)
+            except ValueError:
+                continue
 
     def about(self) -> str:
         said = f"{len({picture for picture, _ in self.every})} pictures with captions"

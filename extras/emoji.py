@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before torch is imported: Ctrl-C meanwhile is one 
 
 import hashlib
 import re
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -129,6 +130,12 @@ class Emoji:
         form = str(rng.choice(self.forms))
         caption = form.format(n=name, a=_with_article(name))
         return caption, np.stack([self.glyphs[text]] * draws)
+
+    def unseen(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The names and pictures that are held out."""
+        for text in self.glyphs:
+            if text in self.held_out:
+                yield self.names[text][0], self.glyphs[text]
 
 
 def _names(entry: dict) -> list[str]:

@@ -3,21 +3,25 @@
     python evaluate.py --ckpt runs/mine --suite held-out
     python evaluate.py --ckpt runs/mine --versus runs/mine-random-llm --suite held-out
 
-Of one's own pictures the tenth that extras/captioned.py has set aside; of what is drawn on the fly
-examples far beyond those of any training. Every picture is asked at the same times, from a noise of
+Of one's own pictures the tenth that extras/captioned.py has set aside, of emoji theirs; of what is
+drawn on the fly examples far beyond those of any training; of a mix each one's share. Every picture is asked at the same times, from a noise of
 its own that is the same for both runs. Intervals are of 95 %, over the pictures.
 """
 
 import argparse
+import hashlib
 import json
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from checkpoint import STATE
-from data import open_source
+from data import SOURCES, Shapes, kind_of_source, open_source
 from evaluate import LoadedRun
+from extras.mixed import Mixed
 from flags import data_form
 from flow import flow_loss
 from metrics import TIME_BINS
@@ -30,6 +34,8 @@ TIMES = 2  # for each bin of t
 BEYOND = 2**40  # the first index of what is drawn on the fly; no training comes so far
 RESAMPLES = 2000
 
+Example = tuple[str, np.ndarray]  # a caption, and its picture or latents
+
 
 def check_held_out(expert: ImageExpert, name: str) -> None:
     """ValueError if the loss of an expert is not of pictures and captions alone."""
@@ -39,24 +45,27 @@ def check_held_out(expert: ImageExpert, name: str) -> None:
 
 def evaluate_held_out(args: argparse.Namespace, runs: list[LoadedRun]) -> dict[str, dict]:
     """Score and print one run, or two side by side. -> run -> its losses"""
-    losses = {}
+    asked = {}
     for run in runs:
-        losses[run.name] = losses_of(run, args.limit or PICTURES, args.seed)  # (pictures, bins)
+        asked[run.name] = held_out_examples(source_of(run, args.seed), args.limit or PICTURES)
+    if len({digest_of(examples) for examples in asked.values()}) > 1:
+        raise ValueError(
+            f"--versus: {runs[0].name} and {runs[1].name} hold out different pictures or captions; "
+            "expected runs of the same data and size"
+        )
+    losses = {run.name: losses_of(run, asked[run.name], args.seed) for run in runs}
     results = {name: summary(found) for name, found in losses.items()}
     if len(runs) > 1:
-        ours, theirs = losses.values()
-        if ours.shape != theirs.shape:
-            raise ValueError("--versus: the two runs hold out different pictures")
+        ours, theirs = losses.values()  # (pictures, bins) each
         results[runs[0].name]["difference"] = summary(ours - theirs)
     print_losses(results)
     return results
 
 
 @torch.no_grad()
-def losses_of(run: LoadedRun, most: int, seed: int) -> np.ndarray:
+def losses_of(run: LoadedRun, examples: list[Example], seed: int) -> np.ndarray:
     """(pictures, TIME_BINS): the loss of each, a mean over the times of a bin."""
     expert, llm = run.expert, run.llm
-    examples = held_out_examples(source_of(run), most)
     loss = flow_loss
     if expert.prediction == "noise":
         from extras.ddpm import ddpm_loss as loss
@@ -81,38 +90,52 @@ def noise_of_picture(seed: int, number: int, like: torch.Tensor) -> torch.Tensor
     return torch.randn(like.shape, generator=step_generator(seed, number))
 
 
-def source_of(run: LoadedRun):
-    """The data that a run was trained on, where they lay then. ValueError if they are gone."""
+def source_of(run: LoadedRun, seed: int):
+    """The data that a run was trained on, where they lay then; what is drawn on the fly, of this
+    seed. ValueError if they are gone, or if nothing tells their shares."""
     made_for = run.expert.made_for
-    text, seed = made_for["data"], 0
-    try:  # with its options, if its folder tells them
-        with safe_open(f"{run.name}/{STATE}", "pt") as file:
-            stored = json.loads(file.metadata()["args"])
-            text, seed = stored["data"], stored["seed"]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        pass
-    name, options = data_form(text)
-    return open_source(name, run.expert.image_size, seed, **options)
+    image_size = run.expert.image_size
+    for folder in (Path(run.name), Path(run.name).parent):  # a step's weights lie in the run's
+        try:
+            with safe_open(folder / STATE, "pt") as file:
+                name, options = data_form(json.loads(file.metadata()["args"])["data"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            continue
+        if name == made_for["data"]:
+            return open_source(name, image_size, seed, **options)
+    if "mixed" in made_for:
+        shares = f"the shares of {made_for['data']} stand in a run's {STATE}"
+        raise ValueError(f"--suite held-out: {shares}, and {run.name} has none; expected the run")
+    name, options = data_form(made_for["data"])
+    told = {**made_for, **made_for.get("emoji", {})}
+    options |= {key: told[key] for key in SOURCES[kind_of_source(name)] if told.get(key)}
+    return open_source(name, image_size, seed, **options)
 
 
-def held_out_examples(source, most: int) -> list[tuple[str, np.ndarray]]:
-    """Captions and pictures. ValueError if none are held out."""
-    if not hasattr(source, "every"):
-        if getattr(source, "in_order", False):
-            raise ValueError("--suite held-out: a stream holds nothing out")
+def held_out_examples(source, most: int) -> list[Example]:
+    """Captions and pictures that training never saw: of several sources each one's share, by its
+    weight. ValueError if a source holds none out."""
+    if isinstance(source, Mixed):
+        examples = []
+        for part, weight in zip(source.sources, source.weights):
+            share = most * weight / sum(source.weights)
+            examples += held_out_examples(part, max(1, round(share)))
+        return examples
+    if isinstance(source, Shapes):
         drawn = [source.example(BEYOND + i, 1) for i in range(most)]
         return [(caption, pictures[0]) for caption, pictures in drawn]
-    examples = []
-    for picture, caption in source.held_out:
-        try:
-            examples.append((caption, source.picture(picture)))
-        except ValueError:  # does not decode
-            continue
-        if len(examples) == most:
-            break
+    examples = list(islice(source.unseen(), most)) if hasattr(source, "unseen") else []
     if not examples:
-        raise ValueError(f"--suite held-out: none of these {source.about()} is held out; too few")
+        raise ValueError(f"--suite held-out: none is held out of {source.about()}")
     return examples
+
+
+def digest_of(examples: list[Example]) -> str:
+    digest = hashlib.sha256()
+    for caption, picture in examples:
+        digest.update(repr((caption, picture.shape)).encode())
+        digest.update(np.ascontiguousarray(picture))
+    return digest.hexdigest()
 
 
 def summary(losses: np.ndarray) -> dict:

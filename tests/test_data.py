@@ -192,6 +192,9 @@ def test_emoji_are_pictures_with_english_names():
         for name in source.names[text]:
             forbidden -= {name, f"{name} emoji"}
     assert len(source.held_out) == len(source.glyphs) // 10 and not captions & forbidden
+    never = list(source.unseen())
+    assert len(never) == len(source.held_out)
+    assert {name for name, _ in never} == {source.names[text][0] for text in source.held_out}
     other = open_source("emoji", 32, seed=1)
     assert other.held_out == source.held_out and other.example(5, 1)[0] != source.example(5, 1)[0]
     assert source.about().startswith(f"{len(source.trained)} emoji to train on")

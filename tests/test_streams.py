@@ -15,10 +15,12 @@ import evaluate
 import sample
 import train
 from batches import Batches
-from checkpoint import STATE
+from checkpoint import STATE, load_expert
 from data import open_source
+from evaluate import LoadedRun
 from extras.captioned import HELD_OUT_FROM, WIDEST, bucket_shapes
 from extras.files import read_picture
+from extras.held_out import held_out_examples, source_of
 from extras.streams import Shards, shard_files
 from flags import data_form
 from weights import read_safetensors
@@ -402,9 +404,37 @@ def test_the_loss_on_what_is_held_out(tiny_run, tmp_path, monkeypatch, capsys):
     evaluate.main(["--ckpt", shapes, "--versus", str(tmp_path / "same"), *score])
     scores = json.loads((tmp_path / "shapes" / "partial" / "evaluate.json").read_text())
     assert scores["held-out"]["difference"]["all"] == {"loss": 0.0, "interval": [0.0, 0.0]}
+    with pytest.raises(ValueError, match="hold out different pictures"):
+        evaluate.main(["--ckpt", shapes, "--versus", run, *score])
     with pytest.raises(ValueError, match="for shapes, .*for other data: --suite held-out"):
         evaluate.main(["--ckpt", run])
     for path in list(folder.glob("*.png"))[50:]:
         path.unlink()
-    with pytest.raises(ValueError, match="70 pictures|50 pictures.* is held out; too few"):
+    with pytest.raises(ValueError, match="none is held out of 50 pictures"):
         evaluate.main(["--ckpt", run, *score])
+
+
+def test_of_a_mix_each_one_holds_out_its_share(tiny_run, tmp_path):
+    """Of the folder what training never sees, of shapes another seed's the same."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(200):
+        stripes(folder / f"{i}.png", 4 + i, 8)
+    data = f"shapes:1,{folder}:3"
+    name, options = data_form(data)
+    source = open_source(name, 16, **options)
+    captions = [caption for caption, _ in held_out_examples(source, 12)]
+    trained = {caption for _, caption in source.sources[1].pairs}
+    never = {caption for _, caption in source.sources[1].held_out}
+    assert len(captions) == 12 and len(never) > 9 and not trained & never
+    assert not never & set(captions[:3]) and set(captions[3:]) <= never
+
+    run = str(tmp_path / "run")
+    train.main([*tiny_run, "--data", data, "--steps", "2", "--save-every", "1", "--keep", "2"])
+    for folder_of_run in (run, f"{run}/step-000001"):
+        expert = load_expert(folder_of_run, torch.device("cpu"))
+        found = source_of(LoadedRun(folder_of_run, expert, None, None), seed=3)
+        assert found.weights == [1, 3]
+    (tmp_path / "run" / STATE).unlink()
+    with pytest.raises(ValueError, match="the shares of shapes,.* stand in a run's"):
+        source_of(LoadedRun(run, expert, None, None), seed=3)
