@@ -72,26 +72,7 @@ def load_llm(
         at = {"revision": revision, "local_files_only": here}
         return read_files(name, where, auto_class, dtype, trust_remote_code, **at)
 
-    # from this machine first: no network at all where nothing has to be fetched
-    try:
-        loaded = load(here=True)
-    except OSError as error:
-        if Path(where).is_dir():
-            raise cannot_load(name, error) from None
-        why = ask_hub(name)
-        if why:
-            ways = f"a local folder, a .gguf file, or {', '.join(BUILT_IN)}"
-            raise ValueError(f"--llm {name}: {why}; other ways: {ways}") from None
-        loaded = load(here=False)
-
-    # is it whole?
-    auto, model, tokenizer, found = loaded
-    try:
-        writes = check_weights(model, found)
-        check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
-    except Exception as error:  # a tokenizer's file may be broken in any way
-        raise cannot_load(name, error) from None
-
+    auto, model, tokenizer, writes = from_here_first(name, where, load)
     if random_seed is not None:
         model = with_fresh_weights(auto, model, dtype, random_seed, trust_remote_code)
     folder = None if Path(where).exists() else folder_of(name, revision)
@@ -104,6 +85,24 @@ def load_llm(
         raise
     except Exception as error:  # a configuration may say what fails only where it is used
         raise cannot_load(name, error) from error
+
+
+def from_here_first(name: str, where: str | Path, read: Callable[[bool], tuple]) -> tuple:
+    """read(True), from this machine's files alone: no network where nothing has to be fetched. If
+    it fails, as with a part of a Hub's model, read(False). ValueError, in one line."""
+    try:
+        return read(True)
+    except (OSError, ValueError) as error:
+        why = "" if Path(where).exists() else ask_hub(name)
+        if why and isinstance(error, OSError):
+            ways = f"a local folder, a .gguf file, or {', '.join(BUILT_IN)}"
+            raise ValueError(f"--llm {name}: {why}; other ways: {ways}") from None
+        if why is not None:
+            raise cannot_load(name, error) from None
+    try:
+        return read(False)
+    except OSError as error:
+        raise cannot_load(name, error) from None
 
 
 def with_fresh_weights(
@@ -133,9 +132,9 @@ def place_of(name: str) -> str | Path:
 
 def read_files(
     name: str, where: str | Path, auto_class: Callable, dtype: torch.dtype, trust: bool, **at
-) -> tuple[type, nn.Module, object, dict]:
-    """The class that loads the model, the model, its tokenizer, and what the library says of its
-    weights. at: revision, local_files_only. OSError if a file is not there; else one line."""
+) -> tuple[type, nn.Module, object, bool]:
+    """The class that loads the model, the model, its tokenizer, both whole, and whether it came
+    with its head. at: revision, local_files_only. OSError if a file is not there; else one line."""
 
     def files() -> Iterable[Path]:
         folder = folder_of(where, at["revision"])
@@ -161,8 +160,10 @@ def read_files(
                 "an adapter (adapter_config.json) lies beside the model and would be left out; "
                 "merge it into the weights first, or install peft"
             )
+        writes = check_weights(model, found)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **at)
-        return auto, model, tokenizer, found
+        check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
+        return auto, model, tokenizer, writes
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a broken file makes its reader raise anything
@@ -181,7 +182,9 @@ def folder_of(where: str | Path, revision: str | None) -> Path | None:
 
 
 def cannot_load(name: str, error: Exception) -> ValueError:
-    """The one line for whatever a library has raised."""
+    """The one line for whatever a library has raised, or the one that it is already."""
+    if str(error).startswith(f"--llm {name}"):
+        return error
     said = " ".join(str(error).split())[:300]
     kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
     return ValueError(f"--llm {name} does not load: {broken_file(Path(name))}{kind}{said}")

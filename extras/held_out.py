@@ -4,8 +4,9 @@
     python evaluate.py --ckpt runs/mine --versus runs/mine-random-llm --suite held-out
 
 Of one's own pictures the tenth that extras/captioned.py has set aside, of emoji theirs; of what is
-drawn on the fly examples far beyond those of any training; of a mix each one's share. Every picture is asked at the same times, from a noise of
-its own that is the same for both runs. Intervals are of 95 %, over the pictures.
+drawn on the fly examples far beyond those of any training; of a mix each one's share. Every picture
+is asked at the same times, from a noise of its own that is the same for both runs. Intervals are of
+95 %, over the pictures.
 """
 
 import argparse

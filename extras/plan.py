@@ -33,7 +33,7 @@ from extras.parallel import check_parts
 from flags import data_form, is_encoded
 from flow import flow_loss
 from llm import BUCKET, Context, FrozenLLM, TextLayer, round_up
-from loading import ask_hub, cannot_load, decoder_class, place_of
+from loading import cannot_load, check_tokenizer, decoder_class, from_here_first, place_of
 from model import ImageExpert
 
 Rows = dict[str, tuple[float, str]]  # what -> bytes, and how they come about
@@ -179,16 +179,13 @@ def read_llm(args: argparse.Namespace, dtype: torch.dtype) -> PlannedLLM:
 
     def read(here: bool) -> tuple:
         at = {"local_files_only": here} | trust
-        return AutoConfig.from_pretrained(place, **at), AutoTokenizer.from_pretrained(place, **at)
+        config = AutoConfig.from_pretrained(place, **at)
+        tokenizer = AutoTokenizer.from_pretrained(place, **at)
+        check_tokenizer(tokenizer, config.get_text_config().vocab_size)
+        return config, tokenizer
 
     try:
-        try:
-            config, tokenizer = read(here=True)
-        except OSError:
-            why = None if Path(place).exists() else ask_hub(name)
-            if why:
-                raise ValueError(why) from None
-            config, tokenizer = read(here=False)
+        config, tokenizer = from_here_first(name, place, read)
         with torch.device("meta"):
             model = decoder_class(type(config)).from_config(config, dtype=dtype, **trust)
         llm = PlannedLLM(model, tokenizer, name)

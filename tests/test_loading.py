@@ -18,8 +18,10 @@ import loading
 import train
 from conftest import CPU, TINY_RUN, save_tiny_instruct_llm, save_tiny_llm
 from extras.bridges import BridgeLLM
+from extras.plan import read_llm
 from extras.readers import Template, chat
 from extras.thinking import Thinking
+from flags import make_parser
 from inspection import check_same_llm
 from llm import FrozenLLM
 from loading import check_words, load_llm, user_cache
@@ -516,3 +518,36 @@ def test_a_gguf_header_is_read_once(tmp_path):
     with loading.header_read_once():
         assert gguf.GGUFReader(path) is gguf.GGUFReader(path)
     assert gguf.GGUFReader is own
+
+
+def test_a_hub_model_that_is_here_in_part_is_asked_for(monkeypatch, llm_folder, tmp_path):
+    """As Ctrl-C leaves it between weights and tokenizer: what is missing is fetched, and where the
+    Hub cannot be reached, the line says what was missing."""
+    snapshot = tmp_path / "models--a--tiny" / "snapshots" / ("0" * 40)
+    tokenizer = shutil.ignore_patterns("tokenizer*", "special_tokens*", "vocab*", "merges*")
+    shutil.copytree(llm_folder("qwen2"), snapshot, ignore=tokenizer)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked = []
+
+    def no_hub(name):
+        asked.append(name)
+        return "it cannot be reached"
+
+    def hub(name):
+        asked.append(name)
+        shutil.copytree(llm_folder("qwen2"), snapshot, dirs_exist_ok=True)
+
+    monkeypatch.setattr("loading.ask_hub", no_hub)
+    plan = make_parser().parse_args(["--llm", "a/tiny"])
+    with pytest.raises(ValueError, match="--llm a/tiny does not load: its tokenizer"):
+        load_llm("a/tiny", CPU, torch.float32)
+    with pytest.raises(ValueError, match="--llm a/tiny does not load: its tokenizer"):
+        read_llm(plan, torch.bfloat16)
+    monkeypatch.setattr("loading.ask_hub", hub)
+    assert load_llm("a/tiny", CPU, torch.float32).revision == "0" * 40
+    assert asked == ["a/tiny"] * 3
+    assert read_llm(plan, torch.bfloat16).layers and len(asked) == 3
