@@ -20,7 +20,7 @@ import checkpoint
 from batches import LOOK_AHEAD
 from cli import colon_form, it_may_have_moved, make_folder, pick_device, pick_dtype
 from data import open_source
-from flags import SIZES, data_form
+from flags import SIZES, check_writes_keys, data_form
 from flow import flow_loss, sample_time
 from inspection import check_same_llm
 from llm import FrozenLLM
@@ -122,6 +122,8 @@ def open_data(args: argparse.Namespace, metadata: dict) -> tuple[object, dict[st
     name, options = data_form(args.data)
     with moved(name, "--resume --data"):
         source = open_source(name, args.image_size, args.seed, **options)
+    if getattr(source, "before_and_after", False):
+        check_writes_keys(colon_form(args.bridge)[0], f"--data {name}")
     data_identity = checkpoint.data_of(source)
     checkpoint.check_data(args.data, metadata, data_identity)
     return source, data_identity
@@ -174,7 +176,7 @@ def beginning(
     if metadata:
         return None, json.loads(metadata["config"])["made_for"]
     if args.start:
-        origin = checkpoint.load_expert(args.start, device, "--from")
+        origin = checkpoint.load_expert(args.start, device, "--from", args.vae)
         return origin, origin.made_for
     return None, {}
 
@@ -353,9 +355,14 @@ def open_towers(args: argparse.Namespace, folder: Path | None) -> tuple[ImageExp
     dtype, why_dtype = pick_dtype(args.dtype, device)
     why = f"device {device} ({why_device}), {dtype} ({why_dtype})"
     print(f"{why}; checkpoint {ckpt} ({why_ckpt}); seed {args.seed}")
-    expert = checkpoint.load_expert(ckpt, device)
+    expert = checkpoint.load_expert(ckpt, device, vae=args.vae)
     if folder:
         make_folder(folder)
+    return expert, llm_as_asked(expert, args, device, dtype)
+
+
+def llm_as_asked(expert: ImageExpert, args: argparse.Namespace, device, dtype) -> FrozenLLM:
+    """llm_of, with --llm, --trust-remote-code and --read applied."""
     moved = it_may_have_moved(expert.made_for.get("llm", ""), "--llm")
     with nullcontext() if args.llm else moved:
         llm = llm_of(expert, args.llm, device, dtype, args.trust_remote_code)
@@ -363,7 +370,7 @@ def open_towers(args: argparse.Namespace, folder: Path | None) -> tuple[ImageExp
         from extras.readers import with_reading
 
         llm.reader = with_reading(llm, args.read)
-    return expert, llm
+    return llm
 
 
 def llm_of(

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cli import remove, write_whole
+from cli import it_may_have_moved, remove, write_whole
 from inspection import check_same_llm
 from loading import ask_hub
 from model import ImageExpert
@@ -300,9 +301,11 @@ def step_of_run(ckpt: str) -> int | None:
         return None
 
 
-def load_expert(ckpt: str, device: torch.device, flag: str = "--ckpt") -> ImageExpert:
-    """A run's folder or a Hub id, which a flag names -> the expert. ValueError, in one line, if
-    that cannot be."""
+def load_expert(
+    ckpt: str, device: torch.device, flag: str = "--ckpt", vae: str | None = None
+) -> ImageExpert:
+    """A run's folder or a Hub id, which a flag names -> the expert. vae: where its autoencoder lies
+    now, if it has moved. ValueError, in one line, if that cannot be."""
     path = find_checkpoint(ckpt, flag)
     metadata, _ = read_safetensors(path)
     expert = read_expert(path, tower_of(metadata, path)).to(device)
@@ -310,7 +313,8 @@ def load_expert(ckpt: str, device: torch.device, flag: str = "--ckpt") -> ImageE
         from extras.latents import VAE
 
         stored = expert.made_for["vae"]
-        expert.vae = VAE(stored["name"], device, stored)
+        with nullcontext() if vae else it_may_have_moved(stored["name"], "--vae"):
+            expert.vae = VAE(vae or stored["name"], device, stored)
     return expert
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from assemble import llm_of
+from assemble import llm_as_asked
 from checkpoint import SHIPPED, load_expert, pick_checkpoint, step_of_run
 from cli import (
     OneLineParser,
@@ -178,9 +178,9 @@ def open_runs(args: argparse.Namespace, kind: str, suites: list[str]) -> list[Lo
     # the experts first: they are small, and say whether the LLMs are worth loading
     device, _ = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
-    experts = {args.ckpt: load_expert(args.ckpt, device)}
+    experts = {args.ckpt: load_expert(args.ckpt, device, vae=args.vae)}
     if args.versus:
-        experts[args.versus] = load_expert(args.versus, device)
+        experts[args.versus] = load_expert(args.versus, device, vae=args.vae)
     steps = {name: step_of_run(name) for name in experts}  # now: the run may still go on
     for name, expert in experts.items():
         data = expert.made_for.get("data")
@@ -203,11 +203,7 @@ def open_runs(args: argparse.Namespace, kind: str, suites: list[str]) -> list[Lo
     # each with an LLM of its own: what it hands over and reads is the run's
     runs = []
     for name, expert in experts.items():
-        llm = llm_of(expert, None, device, dtype)
-        if args.read:
-            from extras.readers import with_reading
-
-            llm.reader = with_reading(llm, args.read)
+        llm = llm_as_asked(expert, args, device, dtype)
         runs.append(LoadedRun(name, expert, llm, steps[name]))
     return runs
 
@@ -271,6 +267,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("which runs").add_argument
     add("--ckpt", help="a run's folder or a Hub id (default: the newest under runs/, or ours)")
     add("--versus", help="another run, to stand beside it")
+    add("--llm", help="where their LLM lies now, if it has moved")
+    add("--vae", help="where their autoencoder lies now, if it has moved")
+    add("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
     add("--rows", help="only these rows of the suite, with commas")
     first = "what the LLM does first, think:40 or rewrite say: see extras/readers.py"
     add("--read", metavar="HOW", help=first)
@@ -282,7 +281,7 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is drawn").add_argument
     add("--suite", help="which suites, with commas (default: all that are for the run's data)")
     halves = "part of each suite, split by a hash of the scene: choose on one, report the other"
-    add("--half", choices=HALVES, default="report", help=f"{halves}; RESULTS.md's are of both")
+    add("--half", choices=HALVES, default="report", help=halves)
     add("--n", type=positive(int), default=1, help="pictures of each prompt")
     add("--limit", type=positive(int), help="only the first so many prompts of each row")
     add("--steps", type=positive(int), default=24, help="Euler steps")

@@ -168,18 +168,23 @@ def check_belongings(parser: OneLineParser, args: argparse.Namespace, bridge: st
 WRITES_KEYS = ("mot", "mirror")  # towers whose own keys the LLM can read
 
 
+def check_writes_keys(bridge: str, asked: str) -> None:
+    """ValueError for a tower that cannot read pictures to the LLM; asked: the flag that wants it."""
+    if bridge not in WRITES_KEYS:
+        raise ValueError(
+            f"{asked}: --bridge {bridge} has no image keys that the LLM could read; expected one "
+            f"of {', '.join(WRITES_KEYS)}"
+        )
+
+
 def check_forms(args: argparse.Namespace) -> None:
     """ValueError for what is wrong in --bridge and --read, before anything is loaded."""
     if args.bridge != "mot":
         from extras.bridges import OPTIONS
 
         name = colon_form(args.bridge, OPTIONS, "--bridge")[0]
-        if (args.describe or args.data == "edits") and name not in WRITES_KEYS:
-            asked = "--describe" if args.describe else "--data edits"
-            raise ValueError(
-                f"{asked}: --bridge {name} has no image keys that the LLM could read; expected "
-                f"one of {', '.join(WRITES_KEYS)}"
-            )
+        if args.describe:
+            check_writes_keys(name, "--describe")
     if args.read:
         from extras.readers import READ
 

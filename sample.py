@@ -190,13 +190,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("with what").add_argument
     add("--ckpt", help="a run's folder or a Hub id (default: the newest under runs/, or ours)")
     add("--llm", help="where the checkpoint's LLM lies now, if it has moved")
+    add("--vae", help="where its autoencoder lies now, if it has moved")
     read = "what the LLM does first: think:40, rewrite, rewrite:reencode, image:FILE"
     add("--read", help=read)
     add("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     dtypes = ["auto", "float32", "bfloat16"]
     add("--dtype", default="auto", choices=dtypes, help="of the LLM and the expert")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    plain = vars(parser.parse_args([]))
+    args.given = {name for name in plain if getattr(args, name) != plain[name]}
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

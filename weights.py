@@ -32,7 +32,8 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor
     or something else."""
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # copies: Windows replaces no file that is still mapped
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             return file.metadata() or {}, tensors
     except (OSError, SafetensorError) as error:
         raise ValueError(

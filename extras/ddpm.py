@@ -27,16 +27,16 @@ LARGEST_T = 0.999  # 1 - t is at least a step of their 1,000
 
 
 def signal(t: Tensor | float) -> Tensor:
-    """a(t), the share of the data's variance at t, any shape; 0 at t = 0 (but for rounding), 1 at
-    t = 1."""
-    t = torch.as_tensor(t, dtype=torch.float64)
+    """a(t), the share of the data's variance at t, any shape, on the CPU: MPS has no float64; 0 at
+    t = 0 (but for rounding), 1 at t = 1."""
+    t = torch.as_tensor(t, device="cpu").double()
     angle = ((1 - t) + S) / (1 + S) * math.pi / 2
     return (angle.cos() / math.cos(S / (1 + S) * math.pi / 2)).square().clamp(1e-5, 1)
 
 
 def ddpm_loss(predict: Callable, data: Tensor, noise: Tensor, t: Tensor, context) -> Tensor:
     """Mean squared error of the noise, one value per picture, (B,)."""
-    a = signal(t).view(-1, 1, 1, 1).to(data.dtype)
+    a = signal(t).view(-1, 1, 1, 1).to(data.device, data.dtype)
     x_t = a.sqrt() * data + (1 - a).sqrt() * noise
     predicted = predict(x_t, t, context)
     return (predicted.float() - noise).square().mean(dim=(1, 2, 3))

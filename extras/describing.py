@@ -303,10 +303,9 @@ def describe_files(args: argparse.Namespace) -> None:
 
 def check_flags(args: argparse.Namespace) -> None:
     """ValueError for flags of drawing beside --describe."""
-    for name in ("prompts", "n", "maps", "read"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--describe says what pictures show: leave out --{name}")
-    if args.interactive or args.trajectory:
-        raise ValueError("--describe says what pictures show: leave out the windows of drawing")
+    used = "describe prompt temperature seed ckpt llm vae trust_remote_code device dtype".split()
+    for name in sorted(args.given - set(used)):
+        flag = f"--{name.replace('_', '-')}"
+        raise ValueError(f"--describe says what pictures show: leave out {flag}")
     if len(args.prompt) > 1:
         raise ValueError("--describe takes one --prompt, the beginning of every description")

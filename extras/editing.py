@@ -180,11 +180,12 @@ def evaluate_edits(args: argparse.Namespace, runs: list[LoadedRun]) -> dict[str,
 
 def edit_files(args: argparse.Namespace, out: Path, into_file: bool) -> None:
     """sample.py --image: the picture after each prompt, beside the picture itself in the grid."""
-    for name in ("prompts", "maps", "read"):
-        if getattr(args, name) is not None:
+    unused = "prompts maps read interactive trajectory size temperature".split()
+    for name in unused:
+        if name in args.given:
             raise ValueError(f"--image edits a picture: leave out --{name}")
-    if args.interactive or args.trajectory:
-        raise ValueError("--image edits a picture: leave out the windows of drawing")
+    if args.guidance[1:] != ((0, 1), False):
+        raise ValueError("--image: expected --guidance to be a scale alone, as in 1.5")
     picture = read_picture(args.image)
     expert, llm = open_towers(args, out.parent if into_file else out)
     check_edits(expert, args.ckpt or "the checkpoint")

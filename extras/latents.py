@@ -149,12 +149,16 @@ def read_config(name: str) -> tuple[type, dict, dict]:
 
 
 def load(name: str, kind: type, place: dict) -> torch.nn.Module:
-    """The model, frozen; nothing is unpickled. ValueError if its weights do not fit."""
+    """The model, frozen; nothing is unpickled. ValueError if its weights do not fit, or are not
+    here and the Hub does not give them."""
     try:
         model, found = kind.from_pretrained(
             name, use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32, **place
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        of_the_hub = place["local_files_only"] and not Path(name).exists()
+        if of_the_hub and ask_hub(name) is None:
+            return load(name, kind, place | {"local_files_only": False})
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"--vae {name}: its weights do not load ({why})") from None
     if found["missing_keys"]:

@@ -40,13 +40,15 @@ class Mixed:
         for i, (name, options) in enumerate(parts):
             if name in self.names[:i]:
                 raise ValueError(f"--data {together}: expected {name} once, not twice")
-            if name == "edits":
-                raise ValueError(f"--data {together}: edits are pairs, and stand alone")
             options = dict(options)
             asked.append(weight_in(name, options))
             if name == "emoji" and "shapes" in self.names:
                 options["no_shapes"] = True
-            self.sources.append(open_source(name, image_size, seed, **options))
+            source = open_source(name, image_size, seed, **options)
+            if hasattr(source, "before_and_after") or hasattr(source, "vae"):
+                what = "pairs for edits" if hasattr(source, "before_and_after") else "latents"
+                raise ValueError(f"--data {together}: {name} has {what}, and stands alone")
+            self.sources.append(source)
         self.weights = whole_weights(together, asked)
         self.turns: list[tuple[int, int]] = []  # whose it is, and which of its own in this round
         for i, weight in enumerate(self.weights):

@@ -86,6 +86,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
     set_reader(args, llm, {})
     name, options = data_form(args.data)
     source = open_source(name, args.image_size, args.seed, **options)
+    if hasattr(source, "before_and_after"):
+        raise ValueError("--plan: a run that describes or edits cannot be planned yet")
     tokens = caption_lengths(llm, source)
     held = process_memory()
 
@@ -131,7 +133,7 @@ def check_can_be_planned(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--plan: expected --bridge mot or mirror, without further options, not {args.bridge}"
         )
-    if args.describe or args.data == "edits":
+    if args.describe:
         raise ValueError("--plan: a run that describes or edits cannot be planned yet")
     if args.shard and (args.plan or 1) == 1:
         raise ValueError("--shard --plan: expected the number of GPUs, --plan 8")

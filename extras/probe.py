@@ -324,15 +324,12 @@ def hex_captions(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = OneLineParser(
-        description="Probe what the LLM's layers know.",
-    )
-    only = "only probe this LLM, and its control, for hex codes: no run"
-    parser.add_argument("--llm", help=only)
+    without = "--llm without --ckpt: that LLM alone, and its control, for hex codes"
+    parser = OneLineParser(description=f"Probe what the LLM's layers know. {without}.")
     evaluate.add_run_flags(parser)
     evaluate.add_score_flags(parser)
     args = parser.parse_args(argv)
-    if args.llm:
+    if args.llm and not args.ckpt:
         probe_llm(args)
     else:
         probe_run(args)

@@ -180,6 +180,7 @@ def scores_on_the_way(args: argparse.Namespace, run: train.Run) -> dict[str, flo
 def score_racer(args: argparse.Namespace, log: dict, folder: Path) -> None:
     """Score a finished run on all suites, and draw what the picture of the race shows of it."""
     own = {"ckpt": str(folder), "versus": None, "rows": None, "read": None, "out": folder}
+    own |= {"llm": None, "vae": None}
     asked = argparse.Namespace(**vars(args) | own)
     runs = evaluate.open_runs(asked, "shapes", evaluate.SUITES)
     results, _ = evaluate.evaluate_suites(asked, runs)
@@ -264,6 +265,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--out", default="runs/race", help="folder for the runs, the table and the picture")
     evaluate.add_score_flags(parser)
     args, more = parser.parse_known_args(argv)
+    args.trust_remote_code = "--trust-remote-code" in more
     return args, ["--device", args.device, "--dtype", args.dtype, *more]
 
 

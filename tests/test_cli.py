@@ -566,6 +566,9 @@ def test_an_llm_that_has_moved(tiny_run, llm_folder, tmp_path, capsys, monkeypat
     assert f"the run has llm, seen from {tmp_path}" in told and "--resume --llm NEW_PLACE" in told
     draw = ["--ckpt", "run", "--prompt", "x", "--steps", "1", "--device", "cpu"]
     assert "if it has moved: --llm NEW_PLACE" in refusal(capsys, sample.main, *draw)
+    score = ["--ckpt", "run", "--suite", "parrot", "--limit", "1", "--steps", "1"]
+    assert "if it has moved: --llm NEW_PLACE" in refusal(capsys, evaluate.main, *score)
+    evaluate.main([*score, "--llm", "elsewhere/moved", "--device", "cpu"])
     train.main([*resume, "2", "--llm", "elsewhere/moved"])
     train.main([*resume, "3"])  # the new place is kept
     save_tiny_llm("qwen2", tmp_path / "other", seed=1)

@@ -2,6 +2,7 @@
 pictures, and a text-only LLM reads them through the tower."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -191,12 +192,24 @@ def test_what_cannot_be_edited_is_refused(tiny_run, tmp_path, capsys):
     picture = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(picture)
     ask = ["--ckpt", run, "--device", "cpu", "--prompt", "x", "--image"]
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    shutil.copy(picture, pairs / "a.png")
+    line = {"file_name": "a.png", "before": "a.png", "text": "leave it"}
+    (pairs / "metadata.jsonl").write_text(json.dumps(line))
     cases = [
+        (train.main, [*other, "--data", f"shapes,{pairs}"], "pairs for edits, and stands alone"),
+        (train.main, [*other, "--data", pairs, "--bridge", "last"], "has no image keys"),
+        (train.main, [*other, "--data", pairs, "--plan"], "describes or edits cannot be planned"),
         (sample.main, [*ask, picture], "never learned to edit"),
         (sample.main, [*ask, tmp_path / "none.png"], "none.png does not decode"),
-        (sample.main, [*ask, picture, "--trajectory"], "leave out the windows"),
+        (sample.main, [*ask, picture, "--trajectory"], "leave out --trajectory"),
+        (sample.main, [*ask, picture, "--size", "16x32"], "leave out --size"),
+        (sample.main, [*ask, picture, "--guidance", "3:renorm"], "a scale alone, as in 1.5"),
+        (sample.main, [*ask[:-3], "--describe", picture, "--size", "8x8"], "leave out --size"),
+        (sample.main, [*ask[:-3], "--describe", picture, "--out", picture], "leave out --out"),
         (evaluate.main, ["--ckpt", run, "--suite", "edits"], "never learned to edit"),
-        (train.main, [*other, "--data", "edits,shapes"], "edits are pairs, and stand alone"),
+        (train.main, [*other, "--data", "edits,shapes"], "edits has pairs for edits, and stands alone"),
         (train.main, [*other, "--data", "edits", "--describe", "0.1"], "leave one out"),
         (train.main, [*other, "--data", "edits", "--bridge", "last"], "has no image keys"),
     ]

@@ -1,6 +1,8 @@
 """Latents, with a tiny random AutoencoderKL and AutoencoderDC of diffusers, saved as folders."""
 
 import json
+import shutil
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -198,6 +200,40 @@ def test_another_vae_is_refused(tiny_run, vae_folder, photos, tmp_path):
         train.main([*tiny_run, "--data", str(moved), "--patch", "2", "--vae", other,
                     "--out", str(tmp_path / "third")])  # fmt: skip
     train.main(["--resume", "--out", out, "--steps", "5"])
+
+
+def test_a_vae_that_has_moved(tiny_run, vae_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(vae_folder, "vae")
+    train.main([*tiny_run, "--vae", "vae", "--steps", "1"])
+    Path("vae").rename("moved")
+    draw = ["--ckpt", "run", "--prompt", "x", "--steps", "1", "--device", "cpu"]
+    score = ["--ckpt", "run", "--suite", "parrot", "--limit", "1", "--steps", "1"]
+    for command, flags in ((sample.main, draw), (evaluate.main, score)):
+        with pytest.raises(ValueError, match="if it has moved: --vae NEW_PLACE"):
+            command(flags)
+        command([*flags, "--vae", "moved"])
+    save_vae("other")
+    with pytest.raises(ValueError, match="the expert draws latents of vae .*, and other has"):
+        sample.main([*draw, "--vae", "other"])
+
+
+def test_a_vae_that_is_here_in_part_is_asked_for(monkeypatch):
+    """As Ctrl-C leaves it between its configuration and its weights."""
+
+    class OfTheHub:
+        @staticmethod
+        def from_pretrained(name, local_files_only, **options):
+            if local_files_only:
+                raise OSError("no diffusion_pytorch_model.safetensors")
+            return torch.nn.Linear(1, 1), {"missing_keys": []}
+
+    monkeypatch.setattr(latents, "ask_hub", lambda name: "the Hub cannot be reached")
+    with pytest.raises(ValueError, match="--vae a/b: its weights do not load .no diffusion"):
+        latents.load("a/b", OfTheHub, {"local_files_only": True})
+    monkeypatch.setattr(latents, "ask_hub", lambda name: None)
+    model = latents.load("a/b", OfTheHub, {"local_files_only": True})
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_what_is_no_vae_is_refused(tiny_run, llm_folder, vae_folder, tmp_path):
