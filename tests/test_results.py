@@ -561,9 +561,11 @@ RACERS = (  # each with its own learning rate
 )
 PAIRS = (  # of which the first of each was asked whether it is better
     ("kv:as-mot", "mot"),
+    ("kv:as-mot", "last:state=6:lr=0.004"),
     ("last:state=6:lr=0.004", "last"),
     ("last:state=6:lr=0.004", "mot"),
     ("last:state=6:lr=0.004", "hsi:lr=0.004"),
+    ("mot", "hsi:lr=0.004"),
 )
 
 
