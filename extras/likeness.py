@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extras.intervals import draw_anew, weighted_median
+from extras.intervals import draw_anew, weighted_median, wilson
 
 WIDTH = 128  # of the learned features
 SHARPNESS = 16  # of the softmax over cosines
@@ -32,11 +32,14 @@ def ranks(pictures: Tensor, candidates: Tensor, truth: list[int]) -> np.ndarray:
 def rank_scores(places: np.ndarray, candidates: int, *shared: list[str]) -> dict:
     """Shares of the first and the first five places and the median, each with a 95 % interval.
 
-    A bootstrap over the prompts, or over what they share (emoji, languages): see intervals.py.
+    A bootstrap over the prompts, or over what they share (emoji, languages): see intervals.py. A
+    share that does not vary has Wilson's interval, as score_interval has it there.
     """
     rng = np.random.default_rng(0)
     weights = 1.0
-    for labels in shared or [range(len(places))]:
+    shared = shared or (range(len(places)),)
+    levels = max(len(set(labels)) for labels in shared)
+    for labels in shared:
         weights = weights * draw_anew(np.array(labels), rng)
     weights = weights[weights.sum(1) > 0]  # (resamples, prompts)
     total = weights.sum(1)
@@ -50,6 +53,8 @@ def rank_scores(places: np.ndarray, candidates: int, *shared: list[str]) -> dict
     result = {"n": len(places), "candidates": candidates}
     for name, (score, resampled) in measures.items():
         low, high = np.quantile(resampled, (0.025, 0.975))
+        if name != "median rank" and np.ptp(resampled) == 0:
+            low, high = wilson(score * levels, levels)
         result[name] = {"score": float(score), "interval": (float(low), float(high))}
     return result
 

@@ -11,6 +11,7 @@ import train
 from extras import emoji
 from extras.emoji import Emoji
 from extras.emoji_suites import AS_IN_ENGLISH, read_emoji_suite
+from extras.intervals import wilson
 from extras.likeness import learned_features, pixel_features, rank_scores, ranks
 
 
@@ -96,3 +97,16 @@ def test_ranks(source):
     low, high = scores["top 1"]["interval"]
     expected = "a bootstrap of 100 prompts: about 1.96 sqrt(0.3 0.7 / 100) each way"
     assert 0.2 < low < 0.25 and 0.35 < high < 0.4, expected
+
+
+def test_where_no_or_every_picture_is_right_the_interval_is_not_a_point():
+    """As wide as if each prompt, or each emoji that several share, were right or wrong as a
+    whole."""
+    scores = rank_scores(np.array([5] * 20), 1240)
+    assert scores["top 1"] == {"score": 0.0, "interval": wilson(0, 20)}
+    assert scores["top 5"] == {"score": 1.0, "interval": wilson(20, 20)}
+    shared = [f"emoji {i % 4}" for i in range(20)], ["it", "zh"] * 10
+    few = rank_scores(np.array([5] * 20), 1240, *shared)
+    assert few["top 1"]["interval"] == wilson(0, 4) and few["top 5"]["interval"] == wilson(4, 4)
+    alone = rank_scores(np.array([1] * 5 + [9] * 5), 1240, ["cat"] * 10)
+    assert alone["top 1"]["interval"] == wilson(0.5, 1), "one emoji says little of others"
