@@ -39,10 +39,11 @@ def read_scores(places: list[str]) -> list[dict]:
 
 
 def suites_of(scores: list[dict]) -> list[str]:
-    """The suites that all runs have, scored with the same settings. ValueError if there is none."""
+    """The suites of rows that all runs have, scored with the same settings; held-out has none.
+    ValueError if there is no such suite."""
     suites = []
     for name, first in scores[0].items():
-        if isinstance(first, dict) and "settings" in first:
+        if isinstance(first, dict) and first.keys() >= {"settings", "rows"}:
             if all(same_way(run.get(name, {}), first) for run in scores):
                 suites.append(name)
     if not suites:

@@ -71,6 +71,19 @@ def test_languages_are_drawn_and_english_is_left_out(tmp_path, capsys):
     assert found["mean"]["over"] == ["scenes", "rows"]
 
 
+def test_what_has_no_rows_is_left_out(runs, tmp_path, capsys):
+    """As the losses of --suite held-out."""
+    for name in ("a", "b"):
+        path = tmp_path / name / evaluate.FILES[0]
+        found = json.loads(path.read_text())
+        losses = {"pictures": 4, "by_t": [], "all": {"loss": 0.1, "interval": [0.1, 0.2]}}
+        found["held-out"] = losses | {"settings": found["geneval"]["settings"]}
+        path.write_text(json.dumps(found))
+    found = scores_of(capsys, runs["a"], runs["b"], "--out", tmp_path / "out")
+    assert found.keys() == {"runs", "versus", "geneval"}
+    assert found["geneval"]["runs"]["mean"]["score"] == 5 / 8
+
+
 def test_what_cannot_be_put_together_is_refused(runs, tmp_path, capsys):
     said = refusal(capsys, seeds.main, str(tmp_path))
     assert "python evaluate.py --ckpt" in said
