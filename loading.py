@@ -195,6 +195,8 @@ def broken_file(folder: Path) -> str:
     if not folder.is_dir():
         return ""
     for path in sorted(folder.glob("*.*")):
+        if path.is_dir():  # .git, .cache
+            continue
         try:
             with path.open("rb") as file:
                 if file.read(20) == b"version https://git-":

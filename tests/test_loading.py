@@ -24,7 +24,7 @@ from extras.thinking import Thinking
 from flags import make_parser
 from inspection import check_same_llm
 from llm import FrozenLLM
-from loading import check_words, load_llm, user_cache
+from loading import broken_file, check_words, load_llm, user_cache
 from model import ImageExpert
 
 BIG = 3000.0  # activations of real LLMs: a few dimensions, the same for nearly all tokens
@@ -296,6 +296,24 @@ def test_what_is_not_whole_is_refused(kind, tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=message):
         load_llm(str(tmp_path), CPU, torch.float32)
+
+
+def test_a_folder_beside_the_files_is_not_blamed(tmp_path):
+    """A clone has .git, a download .cache; a link that leads nowhere is no folder."""
+    save_tiny_llm("qwen2", tmp_path)
+    for name in (".git", ".cache", "old.json"):
+        (tmp_path / name).mkdir()
+    assert broken_file(tmp_path) == ""
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=": model.safetensors is cut or damaged"):
+        load_llm(str(tmp_path), CPU, torch.float32)
+    (tmp_path / "model.safetensors").unlink()
+    try:
+        (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    except OSError:
+        pytest.skip("Windows lets not everybody make links")
+    assert broken_file(tmp_path).startswith("model.safetensors is cut or damaged")
 
 
 def test_what_is_left_out_of_a_model_is_said(tmp_path):
