@@ -45,7 +45,7 @@ from cli import (
 )
 from extras.colors import delta_e
 from extras.judge import Verdict, judge
-from extras.suites import HALVES, Prompt, hashed, read_suite
+from extras.suites import HALVES, Prompt, hashed, read_suite, split_rows
 from llm import FrozenLLM
 from model import ImageExpert
 from sample import GUIDANCE, RENOISE, RENOISE_HELP, draw, file_words
@@ -302,7 +302,7 @@ def fill_in(args: argparse.Namespace) -> argparse.Namespace:
         drawing_form(args.read)  # refused before anything is loaded
     args.ckpt, why_ckpt = pick_checkpoint(args.ckpt)
     print(f"checkpoint {args.ckpt} ({why_ckpt})")
-    args.rows = args.rows.split(",") if args.rows else None
+    args.rows = split_rows(args.rows) if args.rows else None
     if args.out is None:
         args.out = "evaluation"
         if Path(args.ckpt).is_dir() and Path(args.ckpt).resolve() != SHIPPED.resolve():

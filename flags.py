@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from cli import OneLineParser, between, colon_form, positive, seed_number, share, words
@@ -124,7 +125,7 @@ def data_form(text: str) -> tuple[str, dict]:
     and commas."""
     if Path(text).is_dir():
         return text, {}
-    sources = split_sources(text)
+    sources = split_at_commas(text, is_one_source)
     if len(sources) == 1 and text.startswith("hf:"):
         name, options = colon_form(text.removeprefix("hf:"), flag="--data")
         return f"hf:{name}", options
@@ -135,21 +136,21 @@ def data_form(text: str) -> tuple[str, dict]:
     return ",".join(names), {"parts": parts}
 
 
-def split_sources(text: str) -> list[str]:
-    """At the commas, but for those in the name of a folder or of an option's file that is there."""
-    sources = []
+def split_at_commas(text: str, is_one: Callable[[str], bool]) -> list[str]:
+    """At the commas, but for those within a part that is one: the longest such part counts."""
+    parts = []
     pieces = text.split(",")
     while pieces:
         count = len(pieces)
-        while count > 1 and not is_one_source(",".join(pieces[:count])):
+        while count > 1 and not is_one(",".join(pieces[:count])):
             count -= 1
-        sources.append(",".join(pieces[:count]))
+        parts.append(",".join(pieces[:count]))
         pieces = pieces[count:]
-    return sources
+    return parts
 
 
 def is_one_source(text: str) -> bool:
-    """Whether its commas stand in the name of an existing folder or file."""
+    """Whether its commas stand in the name of a folder or of an option's file that is there."""
     name, _, options = text.partition(":")
     a_name = "," not in name or Path(name).is_dir()
     an_option = "," not in options or Path(options.partition("=")[2]).is_file()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from data import PROMPTS, Group, Scene
+from flags import split_at_commas
 
 HALVES = ("choose", "report", "both")
 SALT = 375  # with it 40 to 60 % of every row are on each side
@@ -70,3 +71,13 @@ def read_suite(
             raise ValueError(f"--rows {row}: the rows of {name} are {', '.join(rows)}")
         prompts += rows[row][:limit]
     return prompts
+
+
+def split_rows(text: str) -> list[str]:
+    """--rows -> the rows, at the commas but for those in a row's own name: "hex, random"."""
+    known = set()
+    for path in PROMPTS.glob("*.jsonl"):
+        for line in path.read_text("utf-8").splitlines():
+            known.add(json.loads(line)["row"])
+    rows = split_at_commas(text, lambda part: part.strip() in known)
+    return [row.strip() for row in rows]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_cli import refusal
 
 import assemble
 import checkpoint
@@ -18,7 +19,7 @@ from conftest import CPU
 from data import TEST_PROMPTS, Shapes, Thing, draw_things, lay_out
 from evaluate import SUITES, Grade, grade
 from extras.intervals import difference, mean_of_rows, wilson
-from extras.suites import is_in, read_suite
+from extras.suites import is_in, read_suite, split_rows
 from extras.tables import tally
 from inspection import fingerprint
 from loading import load_llm
@@ -262,6 +263,26 @@ def test_evaluate_command(two_runs, capsys):
     assert set(hindi["languages"]["rows"]) == {"Hindi"}
     with pytest.raises(ValueError, match="Klingon"):
         evaluate.main([*of_languages, "Klingon", *SHORT])
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_rows_are_asked_for_by_their_names(name):
+    """Whatever commas they have, alone and all at once, as a refusal lists them."""
+    rows = list(dict.fromkeys(prompt.row for prompt in ALL[name]))
+    for row in rows:
+        assert split_rows(row) == [row]
+    for comma in (",", ", "):
+        assert split_rows(comma.join(rows)) == rows
+    assert split_rows("hex, random,hex, randm") == ["hex, random", "hex", "randm"]
+
+
+def test_rows_with_commas_in_their_names(two_runs, tmp_path, capsys):
+    asked = ["--ckpt", str(two_runs[0]), "--suite", "colors", "--out", str(tmp_path), *SHORT]
+    evaluate.main([*asked, "--rows", "hex, random,new color words,rgb(), canonical"])
+    rows = json.loads((tmp_path / "evaluate.json").read_text("utf-8"))["colors"]["rows"]
+    assert list(rows) == ["hex, random", "new color words", "rgb(), canonical"]
+    told = refusal(capsys, evaluate.main, *asked, "--rows", "hex, random,hex, randm")
+    assert "--rows hex: the rows of colors are " in told
 
 
 def test_what_the_llm_writes_first_is_scored_apart(two_runs, tmp_path, monkeypatch):
