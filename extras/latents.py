@@ -310,10 +310,14 @@ def encode(args: argparse.Namespace) -> None:
     latent_side(args.vae, args.data, args.image_size)
     name, options = data_form(args.data)
     source = open_source(name, args.image_size, args.seed, **options)
-    count = args.count or len(getattr(source, "every", ()))
+    every = len(getattr(source, "every", ()))
+    count = args.count or every
     if not count or getattr(source, "before_and_after", False):
         without = "is of pairs" if count else "has no end: expected --count, how many to encode"
         raise ValueError(f"--data {args.data} {without}")
+    if 0 < every < count:
+        has = f"--data {args.data} has {every} captioned pictures"
+        raise ValueError(f"--count {count}: {has}; expected at most that, or no --count for all")
     vae = VAE(args.vae, device)
     out = make_folder(args.out)
     with Locked(out):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_cli import refusal
 
 import evaluate
 import sample
@@ -185,6 +186,18 @@ def test_pictures_are_encoded_once(tiny_run, vae_folder, photos, tmp_path, monke
     assert not loaded
     train.draw_samples(run)
     assert loaded and run.ema.vae._model is None
+
+
+def test_more_pictures_than_there_are_are_refused(vae_folder, photos, tmp_path, capsys):
+    """Before an index is written, at which the next try would stop."""
+    out = tmp_path / "latents"
+    flags = ["encode", "--data", photos, "--image-size", "16", "--vae", vae_folder]
+    flags += ["--out", str(out), "--device", "cpu", "--count"]
+    told = refusal(capsys, latents.main, *flags, 13)
+    assert f"--count 13: --data {photos} has 12 captioned pictures; expected at most that" in told
+    assert not out.exists()
+    latents.main([*flags, "12"])
+    assert "11 pictures encoded, 1 skipped" in capsys.readouterr().out
 
 
 def test_another_vae_is_refused(tiny_run, vae_folder, photos, tmp_path):
