@@ -189,8 +189,8 @@ def emoji_font(path: str | None = None) -> ImageFont.FreeTypeFont:
             font = ImageFont.truetype(name, size)
         except OSError:
             continue
-        face = np.asarray(draw_emoji(FACE, font, 32)).astype(int)
-        if (np.ptp(face, axis=-1) > 60).any():
+        face = draw_emoji(FACE, font, 32)
+        if face is not None and (np.ptp(face, axis=-1) > 60).any():
             return font
         raise ValueError(
             f"{name} has no colours; expected a colour-emoji font such as {FONTS[0][0]}"

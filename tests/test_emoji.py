@@ -1,10 +1,12 @@
 """The emoji suites: true glyphs rank first, noise by chance; no name of a suite was trained on."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_cli import refusal
 
 import cli
 import train
@@ -97,6 +99,15 @@ def test_ranks(source):
     low, high = scores["top 1"]["interval"]
     expected = "a bootstrap of 100 prompts: about 1.96 sqrt(0.3 0.7 / 100) each way"
     assert 0.2 < low < 0.25 and 0.35 < high < 0.4, expected
+
+
+def test_a_font_without_colours_is_refused(tmp_path, capsys):
+    """One that has the face in black, and one whose face is empty."""
+    fonts = Path(pytest.importorskip("matplotlib").get_data_path()) / "fonts" / "ttf"
+    for name in ("DejaVuSans.ttf", "STIXGeneral.ttf"):
+        font = ["--data", f"emoji:font={fonts / name}", "--out", tmp_path / "run"]
+        told = refusal(capsys, train.main, *font, "--device", "cpu")
+        assert f"{name} has no colours; expected a colour-emoji font such as Noto" in told
 
 
 def test_where_no_or_every_picture_is_right_the_interval_is_not_a_point():
