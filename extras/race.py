@@ -57,8 +57,10 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
 
     flags: for train.py.
     """
-    # the plan: all see as many pictures
     out = Path(args.out)
+    check_race(args, flags)
+
+    # the plan: all see as many pictures
     plan = out / "race.json"
     if not plan.exists():
         steps_per_second = measure_speed(args.racers[0], flags)[0]
@@ -74,8 +76,8 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
     # the runs
     for seed in args.seeds:
         for racer in args.racers:
-            folder = out / f"{re.sub('[:=/]', '-', racer)}-seed{seed}"
-            if not (folder / "drawn.png").exists():
+            folder = folder_of(args, racer, seed)
+            if not is_finished(folder):
                 log = train_racer(args, racer, seed, steps, folder, flags)
                 score_racer(args, log | {"racer": racer, "seed": seed}, folder)
 
@@ -98,6 +100,32 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
     write_whole(out / "race.png", picture.save)
     beside = "race.png beside it: the same prompts for all, and how the scores grew"
     print(f"{out / 'table.json'}, and {beside}")
+
+
+def check_race(args: argparse.Namespace, flags: list[str]) -> None:
+    """ValueError for a racer that would end the race on its way.
+
+    What is not finished is built once: an LLM may have too few layers for a racer, say.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for racer in args.racers:
+            settings_of(racer, folder, flags)  # all of them, before an LLM is loaded
+        for racer in args.racers:
+            if not all(is_finished(folder_of(args, racer, seed)) for seed in args.seeds):
+                train.prepare(settings_of(racer, folder, flags), {}, {})
+
+
+def folder_of(args: argparse.Namespace, racer: str, seed: int) -> Path:
+    return Path(args.out) / f"{re.sub('[:=/]', '-', racer)}-seed{seed}"
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "drawn.png").exists()
+
+
+def settings_of(racer: str, folder: str, flags: list[str]) -> argparse.Namespace:
+    """Those of train.py, for a run in this folder."""
+    return train.parse_args([*flags_of(racer), "--out", folder, *flags])
 
 
 def flags_of(racer: str) -> list[str]:
@@ -215,7 +243,7 @@ def measure_speed(racer: str, flags: list[str]) -> tuple[float, int, float]:
     """Steps per second of a racer here and now, over one look-ahead of captions; pictures a step;
     and the share of that time in forward passes of the LLM, a tower's own too, not in gradients."""
     with tempfile.TemporaryDirectory() as folder:
-        args = train.parse_args([*flags_of(racer), "--out", folder, *flags])
+        args = settings_of(racer, folder, flags)
         run = train.prepare(args, {}, {})
         steps = train.Batches(run.source, run.llm, args.batch_size, args.draws, 0)
         with stopwatch(run.llm.model.base_model) as clock:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_cli import refusal
 
 import checkpoint
 import evaluate
@@ -80,6 +81,25 @@ def test_the_race_goes_on_where_it_stopped(llm_folder, tmp_path, monkeypatch, ca
         assert set(line["suites"]["position"]["rows"]) == {"early", "late"}
     assert Image.open(place / "race.png").width > 1000
     assert "last:state=2" in capsys.readouterr().out
+
+
+REFUSED = {  # a race, and what is said of it
+    "mot,lsat": "lsat: expected one of mot, dense, last",
+    "mot,lap:strid=1": "unrecognized arguments: --strid",
+    "mot,lap:stride": "--bridge lap:stride: expected stride=VALUE",
+    "mot,lap:stride=0": "--bridge lap:stride=0: expected a whole number above zero",
+    "mot,last:state=4": "--bridge last:state=4: expected last, penultimate, or a number from 0 to",
+    "mot,mot:layers=7": "--layers 7: expected",
+    "mot,kv:layers=7": "--layers is not for --bridge kv",
+}
+
+
+@pytest.mark.parametrize("asked", REFUSED)
+def test_a_race_that_would_stop_on_its_way_is_not_begun(asked, tiny_run, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train_step", None)
+    told = refusal(capsys, race.main, *asked.split(), *tiny_run)
+    assert REFUSED[asked] in told
+    assert not Path(tiny_run[tiny_run.index("--out") + 1]).exists()
 
 
 def test_what_is_named_twice_is_one_run():
