@@ -28,7 +28,7 @@ from evaluate import NEAR, Grade, Graded, LoadedRun, write_json
 from extras.colors import BASIC_COLORS, basic_color, lab
 from extras.intervals import wilson
 from extras.judge import NOTHING, Found
-from extras.suites import Prompt, read_suite
+from extras.suites import Prompt, check_suites, read_suite
 from llm import FrozenLLM
 from loading import load_llm
 
@@ -329,6 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluate.add_run_flags(parser)
     evaluate.add_score_flags(parser)
     args = parser.parse_args(argv)
+    check_suites(args.suite, evaluate.SUITES)
     if args.llm and not args.ckpt:
         probe_llm(args)
     else:

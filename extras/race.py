@@ -43,7 +43,7 @@ from evaluate import LoadedRun, grade, write_json
 from extras.bridges import OPTIONS
 from extras.maps import NoMatplotlib
 from extras.race_table import ON_THE_WAY, print_race, race_picture, race_table, shown_prompts
-from extras.suites import read_suite
+from extras.suites import check_suites, read_suite
 from extras.tables import summarize
 from sample import draw
 
@@ -103,10 +103,11 @@ def race(args: argparse.Namespace, flags: list[str]) -> None:
 
 
 def check_race(args: argparse.Namespace, flags: list[str]) -> None:
-    """ValueError for a racer that would end the race on its way.
+    """ValueError for a suite or a racer that would end the race on its way.
 
     What is not finished is built once: an LLM may have too few layers for a racer, say.
     """
+    check_suites(args.suite, evaluate.SUITES)
     with tempfile.TemporaryDirectory() as folder:
         for racer in args.racers:
             settings_of(racer, folder, flags)  # all of them, before an LLM is loaded

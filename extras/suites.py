@@ -73,6 +73,14 @@ def read_suite(
     return prompts
 
 
+def check_suites(asked: str | None, scored: list[str]) -> None:
+    """ValueError for a suite of --suite that is not scored here: some are evaluate.py's alone."""
+    for suite in asked.split(",") if asked else ():
+        if suite not in scored:
+            expected = f"expected some of {','.join(scored)} (for others: python evaluate.py)"
+            raise ValueError(f"--suite {suite}: {expected}")
+
+
 def split_rows(text: str) -> list[str]:
     """--rows -> the rows, at the commas but for those in a row's own name: "hex, random"."""
     known = set()

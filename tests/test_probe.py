@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 import torch
+from test_cli import refusal
 
 import train
-from evaluate import SUITES
+from evaluate import OTHER_SUITES, SUITES
 from extras import probe
 from extras.colors import lab
 from extras.probe import ridge
@@ -56,6 +58,14 @@ def test_ridge_finds_a_linear_map():
     W = torch.randn(40, 3, generator=generator)
     new = torch.randn(50, 40, generator=generator)
     assert (ridge(X, X @ W + 2, 1e-4)(new) - (new @ W + 2)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("suite", [*OTHER_SUITES, "poems"])
+def test_a_suite_that_cannot_be_probed_is_refused(suite, capsys, tmp_path):
+    """Before anything is loaded: the run is not even there."""
+    nowhere = ["--ckpt", tmp_path / "nowhere", "--suite", f"geneval,{suite}"]
+    told = refusal(capsys, probe.main, *nowhere)
+    assert f"--suite {suite}: expected some of geneval,unseen," in told
 
 
 def test_probe_command(tiny_run, llm_folder, tmp_path, capsys):

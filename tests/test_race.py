@@ -91,6 +91,8 @@ REFUSED = {  # a race, and what is said of it
     "mot,last:state=4": "--bridge last:state=4: expected last, penultimate, or a number from 0 to",
     "mot,mot:layers=7": "--layers 7: expected",
     "mot,kv:layers=7": "--layers is not for --bridge kv",
+    "mot --suite held-out": "--suite held-out: expected some of geneval,unseen,",
+    "mot --suite geneval,poems": "--suite poems: expected some of geneval,unseen,",
 }
 
 
