@@ -122,14 +122,26 @@ def tallies(prompts: list[Prompt], said: Said, left_out: list[bool]) -> dict:
     return found
 
 
-def probe_llm(llm: FrozenLLM, seed: int, limit: int | None) -> dict:
-    """kind -> way -> scores"""
+def read_kinds(limit: int | None) -> dict[str, list[Prompt]]:
+    """kind -> its prompts of one thing. ValueError if a half of them has none with a colour."""
+    kinds = {}
+    for kind, (suite, rows) in KINDS.items():
+        prompts = [prompt for prompt in read_suite(suite, limit, rows) if prompt.is_of_one_thing]
+        for half in ("choose", "report"):
+            if not any(rgb_of(prompt) for prompt in prompts if is_in(half, prompt.scene_id)):
+                none = f"no prompt of {kind} is in the half {half}"
+                raise ValueError(f"--limit {limit}: {none}; expected a larger one")
+        kinds[kind] = prompts
+    return kinds
+
+
+def probe_llm(llm: FrozenLLM, kinds: dict[str, list[Prompt]], seed: int, limit: int | None) -> dict:
+    """kinds: as read_kinds has them. -> kind -> way -> scores"""
     llm.keep(range(len(llm.layers)))
     captions, targets = training_captions(seed, min(CAPTIONS, 200 * (limit or 10)))
     english = hear(llm, captions)
     table = {}
-    for kind, (suite, rows) in KINDS.items():
-        prompts = [prompt for prompt in read_suite(suite, limit, rows) if prompt.is_of_one_thing]
+    for kind, prompts in kinds.items():
         heard = hear(llm, [prompt.text for prompt in prompts])
         table[kind] = probe_kind(prompts, heard, english, targets)
         for scores in table[kind].values():
@@ -170,10 +182,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the LLM")
     args = parser.parse_args(argv)
+    kinds = read_kinds(args.limit)  # refused before anything is loaded
     path = make_folder(args.out) / "probe-kinds.json"
     content = {"llm": args.llm, "seed": args.seed}
     for name, llm in llm_and_control(args):
-        content[name] = probe_llm(llm, args.seed, args.limit)
+        content[name] = probe_llm(llm, kinds, args.seed, args.limit)
         print_table(f"{args.llm}, {name}", content[name])
     write_json(path, content)
     print(path)

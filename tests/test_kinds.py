@@ -1,6 +1,7 @@
 """A probe that is shown the kind that it is asked for never sees the scene that it is asked."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -47,6 +48,17 @@ def test_it_finds_what_the_kind_alone_tells(kind):
     assert alone["shape"]["scenes"].split() == counted, "the other half"
     most = max(known[:, : len(TERMS)].sum(0)) / known[:, : len(TERMS)].sum()
     assert alone["color"]["score"] <= 2 * most + 0.1, "the scene alone tells nothing"
+
+
+@pytest.mark.parametrize("limit, half", [(1, "report"), (2, "choose")])
+def test_a_half_without_prompts_is_refused(limit, half, tmp_path, capsys):
+    """Before anything is loaded: there would be nothing to choose a layer on, or to report."""
+    told = refusal(capsys, kinds.main, "--llm", "nowhere", "--limit", limit, "--out", tmp_path)
+    assert re.search(f"--limit {limit}: no prompt of .* is in the half {half}; expected a la", told)
+
+
+def test_few_prompts_are_enough():
+    assert kinds.read_kinds(3).keys() == kinds.KINDS.keys()
 
 
 @pytest.mark.slow
