@@ -91,6 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     expert = load_expert(ckpt, device)
     if "shapes" not in str(expert.made_for.get("data")):
         raise ValueError(f"{ckpt} was trained on {expert.made_for.get('data')}; expected shapes")
+    if expert.prediction == "noise":
+        raise ValueError(f"{ckpt} predicts the noise (ddpm); expected a run of --objective flow")
     llm = llm_of(expert, None, device, dtype)
 
     # the pictures, on their way from the noise

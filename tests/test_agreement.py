@@ -2,8 +2,11 @@
 
 import numpy as np
 import torch
+from test_cli import refusal
 
+import train
 from data import CANONICAL_COLORS, COLORS
+from extras import agreement
 from extras.agreement import four_alike, mean_inside, readers
 from flow import interpolate
 from sample import to_tensor
@@ -61,3 +64,15 @@ def test_four_say_more_than_one():
     assert errors[0.15][1] < 0.6 * errors[0.15][0]
     assert errors[0.05][0] > errors[0.15][0] > errors[0.6][0]
     assert errors[0.6][0] < 1e-3 and errors[0.6][1] < 1e-3
+
+
+def test_an_expert_that_predicts_the_noise_is_refused(tiny_run, tmp_path, capsys):
+    """What it says is no velocity; one that learned a flow is asked."""
+    train.main([*tiny_run, "--steps", "1", "--objective", "ddpm"])
+    told = refusal(capsys, agreement.main, "--ckpt", tmp_path / "run")
+    assert "run predicts the noise (ddpm); expected a run of --objective flow" in told
+    train.main([*tiny_run, "--steps", "1", "--out", str(tmp_path / "flow")])
+    agreement.main(["--ckpt", str(tmp_path / "flow"), "--n", "2"])
+    lines = capsys.readouterr().out.splitlines()[-len(agreement.TIMES) :]
+    errors = [float(number) for line in lines for number in line.split()[1:]]
+    assert len(errors) == 9 and all(0 <= error < 10 for error in errors), lines
