@@ -51,7 +51,13 @@ from model import ImageExpert
 from sample import GUIDANCE, RENOISE, RENOISE_HELP, draw, file_words
 
 SUITES = "geneval unseen languages colors emoji ascii knowledge parrot position".split()
-OTHER_SUITES = ("describe", "describe-languages", "edits", "held-out")  # asked for by name
+SETTINGS = "half n limit steps renoise guidance seed read"  # that a score depends on
+OTHER_SUITES = {  # asked for by name; which of the settings each has
+    "describe": "half limit read",
+    "describe-languages": "half limit read",
+    "edits": "half limit steps renoise guidance seed read",
+    "held-out": "limit seed read",
+}
 NEAR = 15.0  # CIE76 delta E within which a colour is the one that was asked for by its numbers
 FILES = ("evaluate.json", "versus.json")  # the scores of the run, and of the one beside it
 
@@ -233,21 +239,24 @@ def read_results(path: Path) -> dict:
         ) from None
 
 
+def settings_of(args: argparse.Namespace, suite: str = "") -> dict:
+    return {name: getattr(args, name) for name in OTHER_SUITES.get(suite, SETTINGS).split()}
+
+
 def save_results(args: argparse.Namespace, runs: list[LoadedRun], results: dict) -> None:
     """Merge each run's scores into its file; other suites' scores there stay."""
-    settings = {}
-    for name in ("half", "n", "limit", "steps", "renoise", "guidance", "seed", "read"):
-        settings[name] = getattr(args, name)
     for run, file in zip(runs, FILES):
         entries = {"run": run.name, "made_for": run.expert.made_for}
         for name, scores in results[run.name].items():
-            entries[name] = scores | {"settings": settings} if name in args.suite else scores
+            entries[name] = scores
+            if name in args.suite:
+                entries[name] = scores | {"settings": settings_of(args, name)}
         write_json(args.out / file, read_results(args.out / file) | entries)
     if runs[0].step is not None:
         from extras.run_logs import log_scores
 
         suites = {suite: results[runs[0].name][suite] for suite in args.suite}
-        log_scores(args.out, runs[0].step, suites, settings | {"rows": args.rows})
+        log_scores(args.out, runs[0].step, suites, settings_of(args) | {"rows": args.rows})
     where = args.out / FILES[0]
     print(
         f"half {args.half}: {where}, and a picture of each suite beside it: "

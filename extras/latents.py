@@ -149,15 +149,13 @@ def read_config(name: str) -> tuple[type, dict, dict]:
 
 
 def load(name: str, kind: type, place: dict) -> torch.nn.Module:
-    """The model, frozen; nothing is unpickled. ValueError if its weights do not fit, or are not
-    here and the Hub does not give them."""
+    """The model, frozen; nothing is unpickled. ValueError if its weights do not fit or are gone."""
     try:
         model, found = kind.from_pretrained(
             name, use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32, **place
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        of_the_hub = place["local_files_only"] and not Path(name).exists()
-        if of_the_hub and ask_hub(name) is None:
+        if place["local_files_only"] and not Path(name).exists() and not ask_hub(name):
             return load(name, kind, place | {"local_files_only": False})
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"--vae {name}: its weights do not load ({why})") from None
@@ -298,9 +296,8 @@ def read_index(folder: Path) -> dict:
         index = json.loads((folder / INDEX).read_text("utf-8"))
         return {key: index[key] for key in ("data", "image_size", "vae", "count", "shards")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / INDEX} is no index of latents ({type(error).__name__}: {error})"
-        ) from None
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder / INDEX} is no index of latents ({why})") from None
 
 
 def encode(args: argparse.Namespace) -> None:
@@ -316,8 +313,7 @@ def encode(args: argparse.Namespace) -> None:
         without = "is of pairs" if count else "has no end: expected --count, how many to encode"
         raise ValueError(f"--data {args.data} {without}")
     if 0 < every < count:
-        has = f"--data {args.data} has {every} captioned pictures"
-        raise ValueError(f"--count {count}: {has}; expected at most that, or no --count for all")
+        raise ValueError(f"--count {count}: expected at most {every}, all of --data {args.data}")
     vae = VAE(args.vae, device)
     out = make_folder(args.out)
     with Locked(out):

@@ -58,7 +58,7 @@ LINES = {  # at most; what DESIGN calls the core, then its helpers
     "flags": 302,
     "assemble": 407,
     "sample": 339,
-    "evaluate": 345,
+    "evaluate": 353,
     "checkpoint": 352,
     "inspection": 350,
     "loading": 448,

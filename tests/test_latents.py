@@ -194,7 +194,7 @@ def test_more_pictures_than_there_are_are_refused(vae_folder, photos, tmp_path, 
     flags = ["encode", "--data", photos, "--image-size", "16", "--vae", vae_folder]
     flags += ["--out", str(out), "--device", "cpu", "--count"]
     told = refusal(capsys, latents.main, *flags, 13)
-    assert f"--count 13: --data {photos} has 12 captioned pictures; expected at most that" in told
+    assert f"--count 13: expected at most 12, all of --data {photos}" in told
     assert not out.exists()
     latents.main([*flags, "12"])
     assert "11 pictures encoded, 1 skipped" in capsys.readouterr().out
