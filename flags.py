@@ -170,7 +170,7 @@ WRITES_KEYS = ("mot", "mirror")  # towers whose own keys the LLM can read
 
 
 def check_writes_keys(bridge: str, asked: str) -> None:
-    """ValueError for a tower that cannot read pictures to the LLM; asked: the flag that wants it."""
+    """ValueError for a tower that cannot read pictures to the LLM. asked: what needs it to."""
     if bridge not in WRITES_KEYS:
         raise ValueError(
             f"{asked}: --bridge {bridge} has no image keys that the LLM could read; expected one "
