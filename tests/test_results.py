@@ -228,6 +228,11 @@ def long_run() -> list[list[str]]:
     return beside_the_default("long")
 
 
+def keys_and_values() -> list[list[str]]:
+    suites = MAIN | {"geneval": ["counting"], "position": ["early", "late"]}
+    return beside_the_default("kv", suites)
+
+
 def rewritten() -> list[list[str]]:
     """The half to report, and of two suites the other, by which the frame was chosen."""
     halves = [charts.runs_of("thinking", f"{kind}-choose") for kind in ("rewritten", "default")]
@@ -235,10 +240,10 @@ def rewritten() -> list[list[str]]:
     return beside_the_default("rewritten") + beside(*halves, some)
 
 
-def beside_the_default(kind: str) -> list[list[str]]:
+def beside_the_default(kind: str, suites: dict[str, list[str]] = MAIN) -> list[list[str]]:
     """Runs of a kind, and the same seeds of the default run."""
     runs = charts.runs_of("main", kind)
-    return beside(runs, charts.runs_of("main", KINDS[0])[: len(runs)], MAIN)
+    return beside(runs, charts.runs_of("main", KINDS[0])[: len(runs)], suites)
 
 
 def beside(runs: list[dict], others: list[dict], suites: dict[str, list[str]]) -> list[list[str]]:
@@ -703,7 +708,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("RESULTS.md", "Which layers know a name?"): [emoji_layers, emoji_probe],
     ("RESULTS.md", "Is a copy of the LLM a better expert?"): [mirror],
     ("RESULTS.md", "Which bridge carries other languages?"): [race_chosen, race],
-    ("RESULTS.md", "Is it the bridge or the layer?"): [race_pairs],
+    ("RESULTS.md", "Is it the bridge or the layer?"): [race_pairs, keys_and_values],
     ("RESULTS.md", "Does it help to think first?"): [rewritten, thinking],
     ("RESULTS.md", "What does the cache save?"): [speed],
 }
