@@ -29,7 +29,7 @@ LARGEST_T = 0.999  # 1 - t is at least a step of their 1,000
 def signal(t: Tensor | float) -> Tensor:
     """a(t), the share of the data's variance at t, any shape, on the CPU: MPS has no float64; 0 at
     t = 0 (but for rounding), 1 at t = 1."""
-    t = torch.as_tensor(t, device="cpu").double()
+    t = torch.as_tensor(t.cpu() if isinstance(t, Tensor) else t, dtype=torch.float64)
     angle = ((1 - t) + S) / (1 + S) * math.pi / 2
     return (angle.cos() / math.cos(S / (1 + S) * math.pi / 2)).square().clamp(1e-5, 1)
 

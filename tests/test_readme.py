@@ -45,6 +45,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "train.py --resume": "--steps 3",
     "train.py --bridge": f"--steps 1 --batch-size 4 --llm {TINY}",
     "sample.py": "--steps 2",
+    "sample.py --describe": "",
     "evaluate.py": "--steps 1 --limit 1",
     "extras.emoji": "--steps 1 --limit 1",
     "extras.probe": "--steps 1 --limit 1 --suite knowledge,colors",
@@ -55,7 +56,7 @@ SHORT = {  # flags that make a command short; given last, they win
     "extras.agreement": "--n 2",
     "extras.shapes_folder --codes": "--codes 1",
     "extras.shapes_folder --captions": "--captions 16",
-    "extras.kinds": f"--llm {TINY} --limit 2",
+    "extras.kinds": f"--llm {TINY} --limit 3",
     "extras.bench": f"--llm {TINY} --seconds 0.001 --batch-size=8 --width=32 --depth=2 "
     "--image-size=16",
 }
@@ -159,7 +160,8 @@ def shortened(command: str) -> list[str]:
     words = shlex.split(command)[1:]
     name = words[1] if words[0] == "-m" else words[0]
     key = name
-    for flag in ("--patcher", "--resume", "--bridge", "--llm", "--codes", "--captions"):
+    flags = "--patcher --resume --bridge --llm --codes --captions --describe"
+    for flag in flags.split():
         if flag in words and f"{name} {flag}" in SHORT:
             key = f"{name} {flag}"
     if key == "train.py --patcher":
