@@ -8,7 +8,6 @@ import argparse
 import copy
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -72,8 +71,7 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
     random_seed = None
     if args.random_llm:
         random_seed = before.get("random_llm", args.seed)
-    moved = it_may_have_moved if metadata else no_hint
-    with moved(args.llm, "--resume --llm"):
+    with it_may_have_moved(args.llm, "--resume --llm", bool(metadata)):
         llm = open_llm(args, device, dtype, random_seed, revision)
     reading = set_reader(args, llm, before)
 
@@ -118,9 +116,8 @@ def prepare(args: argparse.Namespace, metadata: dict, tensors: dict) -> Run:
 
 def open_data(args: argparse.Namespace, metadata: dict) -> tuple[object, dict[str, str]]:
     """The source of --data, and what is kept of it. ValueError if a stored run had another."""
-    moved = it_may_have_moved if metadata else no_hint
     name, options = data_form(args.data)
-    with moved(name, "--resume --data"):
+    with it_may_have_moved(name, "--resume --data", bool(metadata)):
         source = open_source(name, args.image_size, args.seed, **options)
     if getattr(source, "before_and_after", False):
         check_writes_keys(colon_form(args.bridge)[0], f"--data {name}")
@@ -179,11 +176,6 @@ def beginning(
         origin = checkpoint.load_expert(args.start, device, "--from", args.vae)
         return origin, origin.made_for
     return None, {}
-
-
-def no_hint(place: str, flag: str):
-    """In place of it_may_have_moved, for a run that begins."""
-    return nullcontext()
 
 
 def open_llm(
@@ -363,8 +355,7 @@ def open_towers(args: argparse.Namespace, folder: Path | None) -> tuple[ImageExp
 
 def llm_as_asked(expert: ImageExpert, args: argparse.Namespace, device, dtype) -> FrozenLLM:
     """llm_of, with --llm, --trust-remote-code and --read applied."""
-    moved = it_may_have_moved(expert.made_for.get("llm", ""), "--llm")
-    with nullcontext() if args.llm else moved:
+    with it_may_have_moved(expert.made_for.get("llm", ""), "--llm", not args.llm):
         llm = llm_of(expert, args.llm, device, dtype, args.trust_remote_code)
     if args.read:
         from extras.readers import with_reading

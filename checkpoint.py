@@ -10,7 +10,6 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -313,7 +312,7 @@ def load_expert(
         from extras.latents import VAE
 
         stored = expert.made_for["vae"]
-        with nullcontext() if vae else it_may_have_moved(stored["name"], "--vae"):
+        with it_may_have_moved(stored["name"], "--vae", not vae):
             expert.vae = VAE(vae or stored["name"], device, stored)
     return expert
 

@@ -444,12 +444,13 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def it_may_have_moved(place: str, flag: str) -> Iterator[None]:
-    """Around the loading of what a run names: if it is gone, say which flag gives its new place."""
+def it_may_have_moved(place: str, flag: str, stored: bool = True) -> Iterator[None]:
+    """Around the loading of what a run names: if it is gone, say which flag gives its new place.
+    stored: the run names it, and no flag of today."""
     try:
         yield
     except ValueError as error:
-        if Path(place).exists():
+        if not stored or Path(place).exists():
             raise
         hint = f"the run has {place}, seen from {Path.cwd()}; if it has moved: {flag} NEW_PLACE"
         raise ValueError(f"{error} ({hint})") from None

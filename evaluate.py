@@ -45,19 +45,12 @@ from cli import (
 )
 from extras.colors import delta_e
 from extras.judge import Verdict, judge
-from extras.suites import HALVES, Prompt, hashed, read_suite, split_rows
+from extras.suites import HALVES, OTHER_SUITES, Prompt, hashed, read_suite, settings_of, split_rows
 from llm import FrozenLLM
 from model import ImageExpert
 from sample import GUIDANCE, RENOISE, RENOISE_HELP, draw, file_words
 
 SUITES = "geneval unseen languages colors emoji ascii knowledge parrot position".split()
-SETTINGS = "half n limit steps renoise guidance seed read"  # that a score depends on
-OTHER_SUITES = {  # asked for by name; which of the settings each has
-    "describe": "half limit read",
-    "describe-languages": "half limit read",
-    "edits": "half limit steps renoise guidance seed read",
-    "held-out": "limit seed read",
-}
 NEAR = 15.0  # CIE76 delta E within which a colour is the one that was asked for by its numbers
 FILES = ("evaluate.json", "versus.json")  # the scores of the run, and of the one beside it
 
@@ -237,10 +230,6 @@ def read_results(path: Path) -> dict:
         raise ValueError(
             f"{path} is cut, or no evaluation; move it away, or give another --out"
         ) from None
-
-
-def settings_of(args: argparse.Namespace, suite: str = "") -> dict:
-    return {name: getattr(args, name) for name in OTHER_SUITES.get(suite, SETTINGS).split()}
 
 
 def save_results(args: argparse.Namespace, runs: list[LoadedRun], results: dict) -> None:

@@ -89,7 +89,7 @@ def load_llm(
 
 def from_here_first(name: str, where: str | Path, read: Callable[[bool], tuple]) -> tuple:
     """read(True), from this machine's files alone: no network where nothing has to be fetched. If
-    it fails, as with a part of a Hub's model, read(False). ValueError, in one line."""
+    it fails, as with a part of a Hub's model, read(False). ValueError, or what that raises."""
     try:
         return read(True)
     except (OSError, ValueError) as error:
@@ -99,10 +99,7 @@ def from_here_first(name: str, where: str | Path, read: Callable[[bool], tuple])
             raise ValueError(f"--llm {name}: {why}; other ways: {ways}") from None
         if why is not None:
             raise cannot_load(name, error) from None
-    try:
-        return read(False)
-    except OSError as error:
-        raise cannot_load(name, error) from None
+    return read(False)
 
 
 def with_fresh_weights(

@@ -191,8 +191,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--ckpt", help="a run's folder or a Hub id (default: the newest under runs/, or ours)")
     add("--llm", help="where the checkpoint's LLM lies now, if it has moved")
     add("--vae", help="where its autoencoder lies now, if it has moved")
-    read = "what the LLM does first: think:40, rewrite, rewrite:reencode, image:FILE"
-    add("--read", help=read)
+    add("--read", help="what the LLM does first: think:40, rewrite, rewrite:reencode, image:FILE")
     add("--trust-remote-code", action="store_true", help="let a Hub model run its own code")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     dtypes = ["auto", "float32", "bfloat16"]

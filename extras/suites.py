@@ -3,6 +3,7 @@
 A suite is a file in assets/prompts/, a prompt a line; its rows are scored each on its own.
 """
 
+import argparse
 import json
 from dataclasses import dataclass
 from hashlib import sha256
@@ -11,6 +12,13 @@ from data import PROMPTS, Group, Scene
 from flags import split_at_commas
 
 HALVES = ("choose", "report", "both")
+SETTINGS = "half n limit steps renoise guidance seed read"  # that a score depends on
+OTHER_SUITES = {  # that evaluate.py alone scores; which of the settings each has
+    "describe": "half limit read",
+    "describe-languages": "half limit read",
+    "edits": "half limit steps renoise guidance seed read",
+    "held-out": "limit seed read",
+}
 SALT = 375  # with it 40 to 60 % of every row are on each side
 
 
@@ -89,3 +97,8 @@ def split_rows(text: str) -> list[str]:
             known.add(json.loads(line)["row"])
     rows = split_at_commas(text, lambda part: part.strip() in known)
     return [row.strip() for row in rows]
+
+
+def settings_of(args: argparse.Namespace, suite: str = "") -> dict:
+    """What a suite's score depends on, of the command line."""
+    return {name: getattr(args, name) for name in OTHER_SUITES.get(suite, SETTINGS).split()}
