@@ -6,7 +6,7 @@
 
 No network judges: extras/judge.py reads every picture by geometry. Prompts stand in
 assets/prompts/SUITE.jsonl, one JSON object a line with row (of the table), prompt, groups ([count,
-color or null, shape]), and where it applies relation, or rgb (the exact colour).
+color or null, shape]), and where it applies relation, or palette (the exact colour of each group).
 
 Each suite has two halves (--half): what is chosen by its score (layers, guidance, a template, a
 budget) is chosen on one, and the other is what a report is about. The same scene is on the same
@@ -50,7 +50,7 @@ from llm import FrozenLLM
 from model import ImageExpert
 from sample import GUIDANCE, RENOISE, RENOISE_HELP, draw, file_words
 
-SUITES = "geneval unseen languages colors emoji ascii knowledge parrot position".split()
+SUITES = "geneval unseen languages colors palettes emoji ascii knowledge parrot position".split()
 NEAR = 15.0  # CIE76 delta E within which a colour is the one that was asked for by its numbers
 FILES = ("evaluate.json", "versus.json")  # the scores of the run, and of the one beside it
 
@@ -137,11 +137,12 @@ def evaluate_suites(
 def grade(prompt: Prompt, picture: np.ndarray) -> Grade:
     """The judge's verdict on a picture, uint8 (H, W, 3); of an exact colour, by its distance."""
     verdict = judge(picture, prompt.scene)
-    if prompt.rgb is None:
+    if not prompt.palette:
         return Grade(verdict.reason, verdict.rgb_distance, verdict)
     if not verdict.ok:
         return Grade(verdict.reason, None, verdict)
-    off = delta_e(verdict.found[0].rgb, prompt.rgb)
+    exact = {group.shape: rgb for group, rgb in zip(prompt.scene.groups, prompt.palette) if rgb}
+    off = max(delta_e(t.rgb, exact[t.shape]) for t in verdict.found if t.shape in exact)
     return Grade(None if off < NEAR else "wrong color", off, verdict)
 
 

@@ -5,7 +5,7 @@
     python train.py --data shapes:0.9,runs/codes-10:0.1
 
 --codes: instead, single shapes whose captions say their colour by its hex code; each code comes
-with each shape. None is asked for in the suite `colors`: its codes were never shown.
+with each shape. None is asked for in a suite: its codes were never shown.
 """
 
 if __name__ == "__main__":
@@ -38,8 +38,10 @@ Example = tuple[str, str, np.ndarray]  # the file's name, the caption, (side, si
 
 
 def codes(n: int, seed: int) -> list[tuple[int, int, int]]:
-    """n different colours, none of the suite `colors`; of one seed the first ones stay the same."""
-    asked = {prompt.rgb for prompt in read_suite("colors")}
+    """n different colours that no suite asks for; of one seed the first ones stay the same."""
+    asked = set()
+    for prompt in read_suite("colors") + read_suite("palettes"):
+        asked.update(prompt.palette)
     rng = np.random.default_rng(seed)
     found: dict[tuple[int, int, int], None] = {}
     while len(found) < n:

@@ -22,18 +22,29 @@ OTHER_SUITES = {  # that evaluate.py alone scores; which of the settings each ha
 SALT = 375  # with it 40 to 60 % of every row are on each side
 
 
+Rgb = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class Prompt:
     row: str
     text: str
     scene: Scene
-    rgb: tuple[int, int, int] | None = None  # where the colour is exact, no word of data.COLORS
+    palette: tuple[
+        Rgb | None, ...
+    ] = ()  # of each group, where it is exact and no word of data.COLORS
+
+    @property
+    def rgb(self) -> Rgb | None:
+        """The exact colour of the first group, if it has one."""
+        return self.palette[0] if self.palette else None
 
     @property
     def scene_id(self) -> str:
         """The same for the same scene, whatever the language, the row or the suite."""
         groups = [[group.count, group.color, group.shape] for group in self.scene.groups]
-        return hashed(json.dumps([groups, self.scene.relation, self.rgb]))
+        exact = self.rgb if len(self.palette) < 2 else self.palette
+        return hashed(json.dumps([groups, self.scene.relation, exact]))
 
     @property
     def is_of_one_thing(self) -> bool:
@@ -67,9 +78,9 @@ def read_suite(
     for line in (PROMPTS / f"{name}.jsonl").read_text("utf-8").splitlines():
         record = json.loads(line)
         groups = tuple(Group(*group) for group in record["groups"])
-        rgb = tuple(record["rgb"]) if "rgb" in record else None
+        palette = tuple(tuple(rgb) if rgb else None for rgb in record.get("palette", ()))
         scene = Scene(groups, record.get("relation"))
-        prompt = Prompt(record["row"], record["prompt"], scene, rgb)
+        prompt = Prompt(record["row"], record["prompt"], scene, palette)
         if is_in(half, prompt.scene_id) and (prompt.is_of_one_thing or not one):
             rows.setdefault(prompt.row, []).append(prompt)
 

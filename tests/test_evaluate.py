@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import cli
 import evaluate
 import train
 from conftest import CPU
-from data import TEST_PROMPTS, Shapes, Thing, draw_things, lay_out
+from data import TEST_PROMPTS, Shapes, draw_things, lay_out
 from evaluate import SUITES, Grade, grade
 from extras.intervals import difference, mean_of_rows, wilson
 from extras.suites import is_in, read_suite, split_rows
@@ -96,10 +97,9 @@ def test_the_true_picture_is_right_and_another_is_wrong(name):
     prompts, pictures = list({p.scene_id: p for p in ALL[name]}.values()), []
     for prompt in prompts:
         things = lay_out(prompt.scene, rng)
-        if prompt.rgb:
-            things = [
-                Thing(thing.shape, prompt.rgb, thing.x, thing.y, thing.radius) for thing in things
-            ]
+        if prompt.palette:
+            exact = {g.shape: rgb for g, rgb in zip(prompt.scene.groups, prompt.palette)}
+            things = [replace(thing, rgb=exact[thing.shape] or thing.rgb) for thing in things]
         pictures.append(draw_things(things, 32))
     right = [grade(prompt, picture).reason is None for prompt, picture in zip(prompts, pictures)]
     assert sum(right) >= 0.99 * len(right), [
@@ -109,12 +109,30 @@ def test_the_true_picture_is_right_and_another_is_wrong(name):
         grade(prompt, picture) for prompt, picture in zip(prompts, pictures[7:] + pictures[:7])
     ]
     different = [
-        (a.scene, a.rgb) != (b.scene, b.rgb) for a, b in zip(prompts, prompts[7:] + prompts[:7])
+        (a.scene, a.palette) != (b.scene, b.palette)
+        for a, b in zip(prompts, prompts[7:] + prompts[:7])
     ]
     passed = [g for g, other in zip(wrong, different) if other and g.reason is None]
     assert len(passed) <= 0.08 * len(prompts), (
         "only scenes that leave a colour or a place open may pass for one another"
     )
+
+
+def test_each_thing_has_its_own_code():
+    """Of a palette: both codes on their shapes; swapped, or one of them alone, is wrong."""
+    for prompt in [p for p in ALL["palettes"] if p.row == "two codes"]:
+        first, second = prompt.palette
+        shapes = [group.shape for group in prompt.scene.groups]
+        things = lay_out(prompt.scene, np.random.default_rng(0))
+        for colors, reason in (
+            ((first, second), None),
+            ((second, first), "wrong color"),
+            ((first, first), "wrong color"),
+            ((second, second), "wrong color"),
+        ):
+            rgb = dict(zip(shapes, colors))
+            picture = draw_things([replace(t, rgb=rgb[t.shape]) for t in things], 32)
+            assert grade(prompt, picture).reason == reason, (prompt.text, colors)
 
 
 def tallied(bits: str, *scenes: int) -> dict:

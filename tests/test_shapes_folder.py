@@ -19,7 +19,8 @@ from extras.suites import read_suite
 def test_codes_are_not_the_suites_and_more_begin_with_the_same():
     many = shapes_folder.codes(500, 0)
     assert len(set(many)) == 500
-    assert not set(many) & {prompt.rgb for prompt in read_suite("colors")}
+    for suite in ("colors", "palettes"):
+        assert not set(many) & {rgb for prompt in read_suite(suite) for rgb in prompt.palette}
     assert shapes_folder.codes(10, 0) == many[:10]
     assert shapes_folder.codes(10, 1) != many[:10]
 
