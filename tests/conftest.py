@@ -139,6 +139,12 @@ def tiny_llm(llm_folder):
     return lambda kind, **options: load_llm(str(llm_folder(kind)), CPU, torch.float32, **options)
 
 
+@pytest.fixture(scope="session")
+def gemma() -> FrozenLLM:
+    """gemma-3-270m from its package, in float32, read once; a test attaches its expert to it."""
+    return load_llm("gemma-3-270m", CPU, torch.float32)
+
+
 def random_expert(llm: FrozenLLM, depth: int = 2, part: str = "all", **options) -> ImageExpert:
     """An expert whose every weight is random (a new one answers 0: its head and gates start at
     zero)."""

@@ -5,11 +5,9 @@ import pytest
 import torch
 from test_cli import refusal
 
-from conftest import CPU
 from data import CANONICAL_COLORS, SHAPES
 from extras import answers
 from extras.suites import read_suite
-from loading import load_llm
 
 FRAME = "{} => a"
 
@@ -83,8 +81,8 @@ def test_words_that_begin_alike_are_refused(llm_folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_real_llm_answers_as_the_library_says():
-    llm = load_llm("gemma-3-270m", CPU, torch.float32)
+def test_the_real_llm_answers_as_the_library_says(gemma):
+    llm = gemma
     texts = ["The color of grass is", "Grass is", "The color of fresh snow is"]
     found = answers.choices(llm, texts, CANONICAL_COLORS)
     firsts = [llm.tokenizer(" " + color).input_ids[1] for color in CANONICAL_COLORS]

@@ -24,7 +24,7 @@ from conftest import CPU, TINY_RUN, random_expert
 from data import open_source
 from extras.folders import EditFolder, Folder
 from extras.prompts import read_prompts
-from loading import load_llm
+from loading import gemma_270m, load_llm
 from weights import WHAT_TO_DO, read_safetensors
 
 ROOT = Path(__file__).parent.parent
@@ -524,7 +524,7 @@ def test_no_socket_is_opened_once_the_files_are_there(llm_folder, tmp_path):
 @pytest.mark.slow
 def test_the_shipped_expert_draws_without_a_socket(tmp_path):
     """With the built-in LLM; it is converted here if it never was."""
-    load_llm("gemma-3-270m", CPU, torch.bfloat16)
+    gemma_270m()
     draw = ["sample", "--ckpt", checkpoint.SHIPPED, "--prompt", "a red circle", "--steps", "1"]
     assert sockets([[*draw, "--out", "drawn"]], tmp_path) == ""
     assert (tmp_path / "drawn" / "grid.png").exists()

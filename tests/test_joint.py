@@ -175,9 +175,9 @@ def test_rms_norm_gradient():
 
 
 @pytest.mark.slow
-def test_the_real_llm():
+def test_the_real_llm(gemma):
     """gemma-3-270m from its package: cached = joint in float32, and it knows a fact."""
-    llm = load_llm("gemma-3-270m", CPU, torch.float32)
+    llm = gemma
     expert = random_expert(llm, depth=6, heads=2)
     captions = ["a red circle left of a blue square", "", "un cerchio rosso"]
     x_t, t = noisy_batch(expert, 3)

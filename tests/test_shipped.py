@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from assemble import llm_of
 from checkpoint import SHIPPED, load_expert
 from conftest import CPU
 from data import Group, Scene
 from extras.judge import judge
+from inspection import check_same_llm
 from sample import draw
 
 ASKED = [  # prompt and scene; the k-th is drawn from the noise of seed k
@@ -38,12 +38,14 @@ ASKED = [  # prompt and scene; the k-th is drawn from the noise of seed k
 CAT = "gatto"  # in the place of the last, where emoji were learned too: Italian for cat
 
 
-@pytest.fixture(scope="module")
-def shipped():
+@pytest.fixture
+def shipped(gemma):
     if not SHIPPED.is_dir():
         pytest.skip("assets/expert is not there")
     expert = load_expert(str(SHIPPED), CPU)
-    return expert, llm_of(expert, None, CPU, torch.float32)
+    check_same_llm(expert.made_for, {"llm": gemma.name, **gemma.identity})
+    expert.attach(gemma)
+    return expert, gemma
 
 
 def test_it_is_small_and_whole():

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from test_cli import refusal
 
-import assemble
 import checkpoint
 import sample
 from conftest import CPU, DECODERS, random_expert
@@ -361,18 +360,18 @@ def test_half_blocks_are_the_picture():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHIPPED.is_dir(), reason="the shipped expert is not there")
-def test_each_word_is_looked_at_from_where_its_shape_is():
+def test_each_word_is_looked_at_from_where_its_shape_is(gemma):
     """The circle is drawn on the left: there patches look at "circle" more than at "square", and on
     the right the other way round. A mean over four seeds."""
     args = sample.parse_args(["--ckpt", str(SHIPPED), "--prompt", RED_LEFT, "--maps"])
     expert = checkpoint.load_expert(str(SHIPPED), CPU)
-    llm = assemble.llm_of(expert, None, CPU, torch.float32)
+    expert.attach(gemma)
     prompts = [RED_LEFT] * 4
-    windows = Windows(args, expert, llm, prompts)
-    sample.draw(expert, llm, prompts, [0, 1, 2, 3], watch=windows)
+    windows = Windows(args, expert, gemma, prompts)
+    sample.draw(expert, gemma, prompts, [0, 1, 2, 3], watch=windows)
     left = {"circle": [], "square": []}
     for states in windows.pictures:
-        found = word_maps(expert, llm, RED_LEFT, states)
+        found = word_maps(expert, gemma, RED_LEFT, states)
         for word, shares in left.items():
             values = found.mean()[found.index(word)]
             shares.append(values[:, : values.shape[1] // 2].sum() / values.sum())
