@@ -233,11 +233,19 @@ def keys_and_values() -> list[list[str]]:
     return beside_the_default("kv", suites)
 
 
+def framed() -> list[list[str]]:
+    return on_both_halves("framed", charts.runs_of("main", "framed-choose"))
+
+
 def rewritten() -> list[list[str]]:
-    """The half to report, and of two suites the other, by which the frame was chosen."""
-    halves = [charts.runs_of("thinking", f"{kind}-choose") for kind in ("rewritten", "default")]
+    return on_both_halves("rewritten", charts.runs_of("thinking", "rewritten-choose"))
+
+
+def on_both_halves(kind: str, choosing: list[dict]) -> list[list[str]]:
+    """The half to report, and of two suites the other, by which something was chosen."""
     some = {suite: MAIN[suite] for suite in ("languages", "knowledge")}
-    return beside_the_default("rewritten") + beside(*halves, some)
+    others = charts.runs_of("thinking", "default-choose")
+    return beside_the_default(kind) + beside(choosing, others, some)
 
 
 def beside_the_default(kind: str, suites: dict[str, list[str]] = MAIN) -> list[list[str]]:
@@ -702,6 +710,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
         in_words,
         language_trials,
         language_probes,
+        framed,
     ],
     ("RESULTS.md", "How many hex codes must training show?"): [hex_codes],
     ("RESULTS.md", "Does it hold for real pictures?"): [emoji],
