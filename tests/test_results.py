@@ -643,7 +643,8 @@ def race_pairs() -> list[list[str]]:
 # RESULTS: thinking first, speed
 
 
-THINKING = ("plain", "plain-reencode", "rewrite", "think")  # trained, and drawn if otherwise
+# how a tower was trained, and how it draws if otherwise
+THINKING = ("plain", "plain-reencode", "rewrite", "reencode", "think")
 ONE_OBJECT = (  # what a tower that has learned single objects is asked
     ("geneval", "colors"),
     ("languages", "one object"),
