@@ -3,9 +3,11 @@
     python -m extras.shapes_folder --out my-pictures        # 1,000, with plain English captions
     python -m extras.shapes_folder --codes 10 --out runs/codes-10
     python train.py --data shapes:0.9,runs/codes-10:0.1
+    python -m extras.shapes_folder --codes 10 --pairs --out runs/pairs-10
 
 --codes: instead, single shapes whose captions say their colour by its hex code; each code comes
-with each shape. None is asked for in a suite: its codes were never shown.
+with each shape. None is asked for in a suite: its codes were never shown. --pairs: and once more
+with each shape, beside a thing whose colour is a word; no caption has two codes.
 """
 
 if __name__ == "__main__":
@@ -31,7 +33,16 @@ from cli import (
     seed_number,
     write_text,
 )
-from data import CANONICAL_COLORS, SHAPES, Group, Scene, Shapes, draw_things, lay_out
+from data import (
+    CANONICAL_COLORS,
+    SHAPES,
+    Group,
+    Scene,
+    Shapes,
+    draw_things,
+    lay_out,
+    with_article,
+)
 from extras.suites import read_suite
 
 Example = tuple[str, str, np.ndarray]  # the file's name, the caption, (side, side, 3) uint8
@@ -59,17 +70,35 @@ def captioned(n: int, image_size: int, seed: int, one_object: bool) -> Iterator[
         yield f"{i:06d}", caption, pictures[0]
 
 
-def coded(n: int, image_size: int, seed: int) -> Iterator[Example]:
-    """Each of n codes with each shape."""
+def coded(n: int, image_size: int, seed: int, pairs: bool = False) -> Iterator[Example]:
+    """Each of n codes with each shape; with pairs, once more beside a thing in another colour."""
     rng = np.random.default_rng([seed, 1])
+    rng_of_pairs = np.random.default_rng([seed, 2])
     for rgb in codes(n, seed):
         name = bytes(rgb).hex()
         for shape in SHAPES:
-            # placed as any thing of one colour is, whichever
-            scene = Scene((Group(1, CANONICAL_COLORS[0], shape),))
-            things = [replace(thing, rgb=rgb) for thing in lay_out(scene, rng)]
-            caption = f"a {shape} in the color #{name}"
-            yield f"{name}-{shape}", caption, draw_things(things, image_size)
+            group = Group(1, CANONICAL_COLORS[0], shape)  # placed as one of any colour would be
+            words = f"a {shape} in the color #{name}"
+            things = [replace(thing, rgb=rgb) for thing in lay_out(Scene((group,)), rng)]
+            yield f"{name}-{shape}", words, draw_things(things, image_size)
+            if pairs:
+                scene, caption = beside_another(group, words, rng_of_pairs)
+                things = lay_out(scene, rng_of_pairs)
+                things = [replace(t, rgb=rgb) if t.shape == shape else t for t in things]
+                yield f"{name}-{shape}-and", caption, draw_things(things, image_size)
+
+
+def beside_another(group: Group, words: str, rng: np.random.Generator) -> tuple[Scene, str]:
+    """The group and one of another shape, whose colour is a word; which is named first is open."""
+    while True:
+        other = Group(1, str(rng.choice(CANONICAL_COLORS)), str(rng.choice(SHAPES)))
+        if other.shape != group.shape and not Scene((other,)).is_held_out():
+            break
+    named = [(group, words), (other, with_article(f"{other.color} {other.shape}"))]
+    if rng.random() < 0.5:
+        named.reverse()
+    groups, captions = zip(*named)
+    return Scene(groups), " and ".join(captions)
 
 
 def write_folder(folder: Path, examples: Iterable[Example]) -> int:
@@ -88,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--captions", type=positive(int), default=1000, help="how many pictures")
     kinds.add_argument("--codes", type=positive(int), help="so many hex codes in their place")
+    add("--pairs", action="store_true", help="with --codes: and pairs with one code")
     add("--one-object", action="store_true", help="a single shape in each picture")
     add("--image-size", type=positive(int), default=64, help="pixels")
     add("--seed", type=seed_number, default=0, help="of what is drawn")
@@ -97,8 +127,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--out {args.out} is there; expected a new folder")
     if args.codes and args.one_object:
         raise ValueError("--codes draws single objects: leave out --one-object")
+    if args.pairs and not args.codes:
+        raise ValueError("--pairs are pairs of a code and a word: give --codes N")
     if args.codes:
-        examples = coded(args.codes, args.image_size, args.seed)
+        examples = coded(args.codes, args.image_size, args.seed, args.pairs)
     else:
         examples = captioned(args.captions, args.image_size, args.seed, args.one_object)
     count = write_folder(make_folder(args.out), examples)

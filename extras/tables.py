@@ -106,7 +106,7 @@ def print_suite(suite: str, results: dict[str, dict]) -> None:
     else:
         heads = [f"{Path(name).name[:19]:>19}" for name in results] + [f"{'difference':>20}"]
         more = ""
-    off = "off, dE" if suite == "colors" else "off, RGB"
+    off = "off, dE" if suite in ("colors", "palettes") else "off, RGB"
     print(f"{suite:32}{'   '.join(heads)}      n{off:>9}{more}")
     for row in runs[0]["rows"]:
         print_line(row, [result["rows"][row] for result in runs], differences.get(row))

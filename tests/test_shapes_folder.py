@@ -2,6 +2,7 @@
 and a run learns from them beside the shapes."""
 
 import json
+import re
 
 import numpy as np
 from PIL import Image
@@ -11,9 +12,10 @@ import train
 from checkpoint import load_expert
 from conftest import CPU
 from data import SHAPES, Group, Scene, Shapes
+from evaluate import grade
 from extras import shapes_folder
 from extras.judge import judge
-from extras.suites import read_suite
+from extras.suites import Prompt, read_suite
 
 
 def test_codes_are_not_the_suites_and_more_begin_with_the_same():
@@ -38,6 +40,34 @@ def test_each_picture_has_the_colour_and_the_shape_that_its_caption_says(tmp_pat
         assert np.abs(np.array(found[0].rgb) - list(bytes.fromhex(code))).max() <= 1
         shapes.append(shape)
     assert shapes == list(SHAPES) * 3
+
+
+def test_pairs_have_one_code_and_one_word(tmp_path, capsys):
+    """Either may come first; the single ones are those that come without pairs."""
+    made, alone = tmp_path / "made", tmp_path / "alone"
+    shapes_folder.main(["--codes", "3", "--pairs", "--out", str(made)])
+    shapes_folder.main(["--codes", "3", "--out", str(alone)])
+    for picture in alone.glob("*.png"):
+        assert (made / picture.name).read_bytes() == picture.read_bytes()
+    code_first = []
+    for line in map(json.loads, (made / "metadata.jsonl").read_text("utf-8").splitlines()):
+        if " and " not in line["text"]:
+            continue
+        groups = []
+        palette = []
+        for words in line["text"].split(" and "):
+            coded = re.fullmatch(r"a (\w+) in the color #(\w+)", words)
+            named = re.fullmatch(r"an? (\w+) (\w+)", words)
+            groups.append(Group(1, *((None, coded[1]) if coded else named.groups())))
+            palette.append(tuple(bytes.fromhex(coded[2])) if coded else None)
+        prompt = Prompt("", line["text"], Scene(tuple(groups)), tuple(palette))
+        picture = np.asarray(Image.open(made / line["file_name"]))
+        found = grade(prompt, picture)
+        assert found.reason is None and found.off < 1, line
+        code_first.append(palette[0] is not None)
+    assert len(code_first) == 24 and 0 < sum(code_first) < 24
+    said = refusal(capsys, shapes_folder.main, "--pairs", "--out", tmp_path / "other")
+    assert "--codes N" in said
 
 
 def test_plain_ones_are_what_training_draws(tmp_path, capsys):
