@@ -4,9 +4,10 @@
     python evaluate.py --ckpt runs/shapes --suite languages,colors --n 4
     python evaluate.py --ckpt runs/shapes --versus runs/shapes-random-llm       # side by side
 
-No network judges: extras/judge.py reads every picture by geometry. Prompts stand in
-assets/prompts/SUITE.jsonl, one JSON object a line with row (of the table), prompt, groups ([count,
-color or null, shape]), and where it applies relation, or palette (the exact colour of each group).
+No network judges: extras/judge.py reads every picture by geometry, and extras/grades.py holds it
+against its prompt. These stand in assets/prompts/SUITE.jsonl, one JSON object a line with row (of
+the table), prompt, groups ([count, color or null, shape]), and where it applies relation, or
+palette (the exact colour of each group).
 
 Each suite has two halves (--half): what is chosen by its score (layers, guidance, a template, a
 budget) is chosen on one, and the other is what a report is about. The same scene is on the same
@@ -43,15 +44,21 @@ from cli import (
     write_text,
     write_whole,
 )
-from extras.colors import delta_e
-from extras.judge import Verdict, judge
-from extras.suites import HALVES, OTHER_SUITES, Prompt, hashed, read_suite, settings_of, split_rows
+from extras.grades import Graded, grade
+from extras.suites import (
+    HALVES,
+    OTHER_SUITES,
+    Prompt,
+    hashed,
+    read_suite,
+    settings_of,
+    split_rows,
+)
 from llm import FrozenLLM
 from model import ImageExpert
 from sample import GUIDANCE, RENOISE, RENOISE_HELP, draw, file_words
 
 SUITES = "geneval unseen languages colors palettes emoji ascii knowledge parrot position".split()
-NEAR = 15.0  # CIE76 delta E within which a colour is the one that was asked for by its numbers
 FILES = ("evaluate.json", "versus.json")  # the scores of the run, and of the one beside it
 
 
@@ -64,20 +71,6 @@ class LoadedRun:
     expert: ImageExpert
     llm: FrozenLLM
     step: int | None
-
-
-@dataclass(frozen=True)
-class Grade:
-    """reason: why the picture is wrong, None if it is right (see judge.Verdict). off: how far its
-    colour is from the one asked for, where it has the shapes: in delta E where the prompt gives
-    numbers, else in RGB, 0 to 441."""
-
-    reason: str | None
-    off: float | None
-    verdict: Verdict
-
-
-Graded = list[tuple[str, Prompt, Grade]]  # suite, what was asked for, and how it was drawn
 
 
 def evaluate_suites(
@@ -131,19 +124,7 @@ def evaluate_suites(
 
 
 # --------------------------------------------------------------------------------------------------
-# grades
-
-
-def grade(prompt: Prompt, picture: np.ndarray) -> Grade:
-    """The judge's verdict on a picture, uint8 (H, W, 3); of an exact colour, by its distance."""
-    verdict = judge(picture, prompt.scene)
-    if not prompt.palette:
-        return Grade(verdict.reason, verdict.rgb_distance, verdict)
-    if not verdict.ok:
-        return Grade(verdict.reason, None, verdict)
-    exact = {group.shape: rgb for group, rgb in zip(prompt.scene.groups, prompt.palette) if rgb}
-    off = max(delta_e(t.rgb, exact[t.shape]) for t in verdict.found if t.shape in exact)
-    return Grade(None if off < NEAR else "wrong color", off, verdict)
+# chance
 
 
 def chance(prompts: list[Prompt], pictures: np.ndarray) -> dict[str, float]:

@@ -31,9 +31,10 @@ from data import (
     draw_things,
     lay_out,
 )
-from evaluate import Grade, LoadedRun
+from evaluate import LoadedRun
 from extras.caption_grammar import scene_of
 from extras.files import read_picture
+from extras.grades import Grade
 from extras.lmfusion import LINE, Sequence, after_pictures, logits_of
 from extras.suites import Prompt, is_in
 from extras.tables import compare, print_suite, sheet, summarize

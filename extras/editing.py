@@ -17,10 +17,11 @@ import numpy as np
 from assemble import open_towers
 from cli import captioned_grid, write_whole
 from data import CANONICAL_COLORS, Group, Scene
-from evaluate import Grade, LoadedRun
+from evaluate import LoadedRun
 from extras.colors import same_color
 from extras.edits import KINDS, STEPS, Edit, Edits, Placed, edit_of, random_scene
 from extras.files import read_picture
+from extras.grades import Grade
 from extras.judge import Found, read_scene
 from extras.lmfusion import EDIT_GUIDANCE, draw_edits
 from extras.suites import Prompt, is_in

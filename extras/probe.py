@@ -24,8 +24,9 @@ from torch import Tensor
 import evaluate
 from cli import OneLineParser, make_folder, one_line_errors, pick_device, pick_dtype
 from data import COLORS, SHAPES, Shapes
-from evaluate import NEAR, Grade, Graded, LoadedRun, write_json
+from evaluate import LoadedRun, write_json
 from extras.colors import BASIC_COLORS, basic_color, lab
+from extras.grades import NEAR, Grade, Graded
 from extras.intervals import wilson
 from extras.judge import NOTHING, Found
 from extras.suites import Prompt, check_suites, read_suite

@@ -39,8 +39,9 @@ from cli import (
     seed_number,
     write_whole,
 )
-from evaluate import LoadedRun, grade, write_json
+from evaluate import LoadedRun, write_json
 from extras.bridges import OPTIONS
+from extras.grades import grade
 from extras.maps import NoMatplotlib
 from extras.race_table import ON_THE_WAY, print_race, race_picture, race_table, shown_prompts
 from extras.suites import check_suites, read_suite

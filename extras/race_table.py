@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from evaluate import grade
+from extras.grades import grade
 from extras.grids import picture_table
 from extras.intervals import difference, mean_of_rows
 from extras.suites import Prompt, read_suite

@@ -7,7 +7,7 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from evaluate import Grade
+from extras.grades import Grade
 from extras.grids import picture_table, spread
 from extras.intervals import difference, mean_of_rows
 from extras.suites import Prompt

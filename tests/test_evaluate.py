@@ -18,7 +18,8 @@ import evaluate
 import train
 from conftest import CPU
 from data import TEST_PROMPTS, Shapes, draw_things, lay_out
-from evaluate import SUITES, Grade, grade
+from evaluate import SUITES
+from extras.grades import Grade, grade
 from extras.intervals import difference, mean_of_rows, wilson
 from extras.suites import is_in, read_suite, split_rows
 from extras.tables import tally
@@ -126,7 +127,7 @@ def test_each_thing_has_its_own_code():
         things = lay_out(prompt.scene, np.random.default_rng(0))
         for colors, reason in (
             ((first, second), None),
-            ((second, first), "wrong color"),
+            ((second, first), "swapped colors"),
             ((first, first), "wrong color"),
             ((second, second), "wrong color"),
         ):

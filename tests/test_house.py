@@ -41,8 +41,7 @@ KNOWS = {  # the core, and what each of its files may import at its top
     "flags": "cli patches",
     "assemble": "batches checkpoint cli data flags flow inspection llm loading metrics model patches",
     "train": "assemble batches checkpoint cli flags metrics sample",
-    "evaluate": "assemble checkpoint cli data llm model sample extras.colors extras.judge "
-    "extras.suites",
+    "evaluate": "assemble checkpoint cli llm model sample extras.grades extras.suites",
 }
 LINES = {  # at most; what DESIGN calls the core, then its helpers
     "attention": 195,

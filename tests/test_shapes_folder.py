@@ -12,8 +12,8 @@ import train
 from checkpoint import load_expert
 from conftest import CPU
 from data import SHAPES, Group, Scene, Shapes
-from evaluate import grade
 from extras import shapes_folder
+from extras.grades import grade
 from extras.judge import judge
 from extras.suites import Prompt, read_suite
 
