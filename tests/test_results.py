@@ -427,6 +427,30 @@ def hex_codes() -> list[list[str]]:
     return rows
 
 
+PALETTES = ("", "-alone")
+
+
+def palettes() -> list[list[str]]:
+    """Prompts with codes: how many are right, how far off, and of two codes how many pictures with
+    both shapes have them not the wrong way round."""
+    runs = {kind: charts.runs_of("hex", f"palettes{kind}")[0] for kind in PALETTES}
+    found = [run["palettes"]["rows"] for run in runs.values()]
+    rows = []
+    for name in found[0]:
+        tallies = [tally[name] for tally in found]
+        rows.append([*map(sure, tallies), str(tallies[0]["n"])])
+        offs = [tally["color_off"] for tally in tallies]
+        rows.append([*("" if off is None else f"{off:.0f}" for off in offs), ""])
+    straight = []
+    for tally in found:
+        wrong = tally["two codes"]["wrong"]
+        swapped = wrong.get("swapped colors", 0)
+        fit = round(tally["two codes"]["score"] * tally["two codes"]["n"])
+        fit += wrong.get("wrong color", 0)
+        straight.append(f"{fit} of {fit + swapped}" if fit + swapped else "")
+    return [*rows, [*straight, ""]]
+
+
 def probe() -> list[list[str]]:
     return [list(columns.values()) for columns in probed().values()]
 
@@ -713,7 +737,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
         language_probes,
         framed,
     ],
-    ("RESULTS.md", "How many hex codes must training show?"): [hex_codes],
+    ("RESULTS.md", "How many hex codes must training show?"): [hex_codes, palettes],
     ("RESULTS.md", "Does it hold for real pictures?"): [emoji],
     ("RESULTS.md", "Which layers know a name?"): [emoji_layers, emoji_probe],
     ("RESULTS.md", "Is a copy of the LLM a better expert?"): [mirror],
