@@ -27,12 +27,12 @@ Rgb = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Prompt:
+    """palette: the exact colour of each group that has one, else None; empty where none has."""
+
     row: str
     text: str
     scene: Scene
-    palette: tuple[
-        Rgb | None, ...
-    ] = ()  # of each group, where it is exact and no word of data.COLORS
+    palette: tuple[Rgb | None, ...] = ()
 
     @property
     def rgb(self) -> Rgb | None:
