@@ -225,7 +225,12 @@ def second_llm() -> list[list[str]]:
 
 
 def long_run() -> list[list[str]]:
-    return beside_the_default("long")
+    """And the same with no LLM."""
+    rows = beside_the_default("long")
+    names = [(suite, name) for suite, names in MAIN.items() for name in ("mean", *names)]
+    for row, (suite, name) in zip(rows, names, strict=True):
+        row.append(sure(summary(suite, "main", "long-dense")[name]))
+    return rows
 
 
 def keys_and_values() -> list[list[str]]:
