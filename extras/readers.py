@@ -178,15 +178,37 @@ def thinking_of(llm: FrozenLLM, name: str, options: dict) -> list:
 
 
 def chat(llm: FrozenLLM, template: str = "{}") -> str:
-    """The template as a user's message in the model's own chat template. ValueError if the model
+    """The template as what a user says, in the model's own chat template. ValueError if the model
     has none."""
     tokenizer = llm.tokenizer
     if not tokenizer.chat_template:
         raise ValueError(f"{llm.name} has no chat template; expected an instruct model")
-    said = [{"role": "user", "content": template}]
+    messages, begun = turns_of(template)
     try:
-        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # the template is a program of its own
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"the chat template of {llm.name} fails ({why})") from None
-    return text.removeprefix(tokenizer.bos_token or "")  # the tokenizer puts that there itself
+    return text.removeprefix(tokenizer.bos_token or "") + begun  # the tokenizer puts BOS itself
+
+
+def turns_of(text: str) -> tuple[list[dict], str]:
+    """A text as a conversation: its messages, and how the answer begins that is asked for last.
+
+    Examples, "asked => answered" a line, are turns (in one message, SmolLM2 gives the same answer
+    to each prompt), with the lines before one. A text that does not end in such a line is one
+    message.
+    """
+    lines = text.split("\n")
+    if "=>" not in lines[-1]:
+        return [{"role": "user", "content": text}], ""
+    messages = []
+    asked = []
+    for line in lines:
+        question, arrow, answer = line.partition("=>")
+        asked.append(question.strip() if arrow else line)
+        if arrow:
+            messages.append({"role": "user", "content": "\n".join(asked)})
+            messages.append({"role": "assistant", "content": answer.strip()})
+            asked = []
+    return messages[:-1], messages[-1]["content"]

@@ -684,14 +684,21 @@ ONE_OBJECT = (  # what a tower that has learned single objects is asked
 )
 
 
-def thinking() -> list[list[str]]:
+def thinking(kinds: tuple[str, ...] = THINKING) -> list[list[str]]:
     """Of towers that were trained on bare captions and on what the LLM writes about each."""
     rows = []
     for suite, name in ONE_OBJECT:
-        found = [summary(suite, "thinking", kind) for kind in THINKING]
+        if kinds != THINKING and suite == "emoji":
+            continue
+        found = [summary(suite, "thinking", kind) for kind in kinds]
         row = [sure(entries[name]) for entries in found]
         rows.append([*row, str(found[0][name]["n"])])
     return rows
+
+
+def instructed() -> list[list[str]]:
+    """The same of an instruct model, trained on bare captions and in its chat template."""
+    return thinking(("smollm2-plain", "smollm2-chat", "smollm2-reencode", "smollm2-think"))
 
 
 def speed() -> list[list[str]]:
@@ -748,7 +755,7 @@ TABLES = {  # document, heading -> what writes the cells of the tables below it,
     ("RESULTS.md", "Is a copy of the LLM a better expert?"): [mirror],
     ("RESULTS.md", "Which bridge carries other languages?"): [race_chosen, race],
     ("RESULTS.md", "Is it the bridge or the layer?"): [race_pairs, keys_and_values],
-    ("RESULTS.md", "Does it help to think first?"): [rewritten, thinking],
+    ("RESULTS.md", "Does it help to think first?"): [rewritten, thinking, instructed],
     ("RESULTS.md", "What does the cache save?"): [speed],
 }
 
