@@ -195,20 +195,19 @@ def chat(llm: FrozenLLM, template: str = "{}") -> str:
 def turns_of(text: str) -> tuple[list[dict], str]:
     """A text as a conversation: its messages, and how the answer begins that is asked for last.
 
-    Examples, "asked => answered" a line, are turns (in one message, SmolLM2 gives the same answer
-    to each prompt), with the lines before one. A text that does not end in such a line is one
-    message.
+    Examples, "asked => answered" a line, are turns, with the lines before one (in one message,
+    SmolLM2 answers each prompt alike). A text without them, or that does not end in such a line, is
+    one message.
     """
-    lines = text.split("\n")
-    if "=>" not in lines[-1]:
-        return [{"role": "user", "content": text}], ""
     messages = []
     asked = []
-    for line in lines:
+    for line in text.split("\n"):
         question, arrow, answer = line.partition("=>")
         asked.append(question.strip() if arrow else line)
         if arrow:
             messages.append({"role": "user", "content": "\n".join(asked)})
             messages.append({"role": "assistant", "content": answer.strip()})
             asked = []
+    if asked or len(messages) < 4:
+        return [{"role": "user", "content": text}], ""
     return messages[:-1], messages[-1]["content"]

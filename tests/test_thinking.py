@@ -204,6 +204,16 @@ def test_nonsense_is_refused(read, message, tiny_llm):
         with_reading(tiny_llm("qwen2"), read)
 
 
+def test_examples_are_turns_of_a_conversation(tmp_path):
+    """Of an instruct model; a text that only has an arrow, or goes on after the last, is none."""
+    llm = load_llm(str(save_tiny_instruct_llm(tmp_path / "instruct")), CPU, torch.float32)
+    frame = "In English.\nOne line:\nein Kreis => a circle\ndue => two\n{} => a"
+    first = "<user>In English.\nOne line:\nein Kreis\n<assistant>a circle\n"
+    assert chat(llm, frame) == first + "<user>due\n<assistant>two\n<user>{}\n<say>a"
+    for other in ("{}", "In English: {} =>", "due => two\n{} =>\nshort", "due => two\nand {}"):
+        assert chat(llm, other) == f"<user>{other}\n<say>"
+
+
 def test_flags_of_train(tiny_llm, tmp_path):
     """What --template and --read say, what a checkpoint keeps of it, and the reader out of that."""
     save_tiny_instruct_llm(tmp_path / "instruct")
