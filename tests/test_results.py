@@ -432,7 +432,7 @@ def hex_codes() -> list[list[str]]:
     return rows
 
 
-PALETTES = ("", "-alone")
+PALETTES = ("", "-dense", "-alone")
 
 
 def palettes() -> list[list[str]]:
