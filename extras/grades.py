@@ -14,9 +14,9 @@ NEAR = 15.0  # CIE76 delta E within which a colour is the one that was asked for
 
 @dataclass(frozen=True)
 class Grade:
-    """reason: why the picture is wrong, None if it is right (see judge.Verdict, and grade). off: how
-    far its colours are, on average, from those asked for, where it has the shapes: in delta E where
-    the prompt gives numbers, else in RGB, 0 to 441."""
+    """reason: why the picture is wrong (see judge.Verdict, and grade), None if it is right. off:
+    how far its colours are, on average, from those asked for, where it has the shapes: in delta E
+    where the prompt gives numbers, else in RGB, 0 to 441."""
 
     reason: str | None
     off: float | None
